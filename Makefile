@@ -1,0 +1,38 @@
+# `make demo` and `make test` do all the set-up on a fresh machine: they build .venv when it is
+# missing or older than setup.py and the constraints.
+PYTHON ?= python3
+VENV := .venv
+VIDEOS ?=
+OUT ?= out/demo
+PYVER := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+CONSTRAINTS := $(wildcard constraints/$(PYVER).txt)
+STAMP := $(VENV)/installed-$(PYVER)
+RUN := $(VENV)/bin/python
+PYTEST := $(RUN) -m pytest -n 2 --dist worksteal
+
+.PHONY: demo test test-all lint clean venv
+
+venv: $(STAMP)
+
+$(STAMP): setup.py $(CONSTRAINTS)
+	@test -n "$(CONSTRAINTS)" || { echo "No constraints/$(PYVER).txt: walt_jax is tested on Python 3.11 and 3.12. Choose one with PYTHON=python3.11."; exit 2; }
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev]'
+	touch $@
+
+demo: $(STAMP)
+	$(RUN) -m walt_jax.demo --out $(OUT) $(if $(VIDEOS),--videos '$(VIDEOS)')
+
+test: $(STAMP)
+	$(PYTEST) -m 'not slow'
+
+test-all: $(STAMP)
+	$(PYTEST)
+
+lint: $(STAMP)
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+
+clean:
+	rm -rf $(VENV) out build *.egg-info .pytest_cache .ruff_cache

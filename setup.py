@@ -1,0 +1,54 @@
+"""Packaging of walt_jax. Lower bounds live here; `constraints/` pins one tested set per Python."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+_HERE = Path(__file__).parent
+
+INSTALL_REQUIRES = [
+    "absl-py>=2.1",
+    "array_record>=0.8",
+    "av>=14.0",  # wheels carry FFmpeg: no system library is needed
+    "clu>=0.0.12",
+    "etils[epath]>=1.9",
+    "flax>=0.12",
+    "grain>=0.2.10",
+    "importlib_resources>=6.0",  # tensorflow-datasets imports it without declaring it
+    "jax>=0.10",
+    "matplotlib>=3.8",
+    "ml_collections>=1.0",
+    "numpy>=1.26",
+    "opencv-python-headless>=4.9",
+    "optax>=0.2.5",
+    "orbax-checkpoint>=0.11.20",
+    "tensorboard>=2.16",
+    # clu.metric_writers imports TensorFlow; the model code never does.
+    "tensorflow-cpu>=2.16; platform_machine == 'x86_64' and sys_platform != 'darwin'",
+    "tensorflow>=2.16; platform_machine != 'x86_64' or sys_platform == 'darwin'",
+    "tensorflow-datasets>=4.9.8",
+    "tqdm>=4.66",
+]
+
+EXTRAS_REQUIRE = {
+    "tpu": ["jax[tpu]>=0.10"],
+    "cuda": ["jax[cuda12]>=0.10"],
+    "data": ["scenedetect>=0.6.4"],
+    "text": ["tokenizers>=0.20", "safetensors>=0.4"],
+    "eval": ["scikit-image>=0.24", "scipy>=1.11"],
+    "parity": ["torch==2.13.0"],
+    "dev": ["pytest>=8.0", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.8"],
+}
+
+setup(
+    name="walt_jax",
+    version="0.1.0",
+    description="W.A.L.T video diffusion with a MAGVIT-v2 tokenizer in JAX/Flax, for TPU pods",
+    long_description=(_HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["walt_jax", "walt_jax.*"]),
+    python_requires=">=3.11",
+    install_requires=INSTALL_REQUIRES,
+    extras_require=EXTRAS_REQUIRE,
+)
