@@ -1,0 +1,62 @@
+"""A small class-conditional W.A.L.T on the latents of `configs/sprites_tokenizer.py`.
+
+    python -m walt_jax.encode --tokenizer out/tokenizer --output out/latents --epochs 2
+    python -m walt_jax.train --config configs/sprites_walt.py --workdir out/walt \
+        --config.task.tokenizer=out/tokenizer --config.data.path=out/latents
+    python -m walt_jax.sample --workdir out/walt --num 16 --out out/samples
+
+`--config.data.path` may also be the prepared videos: clips are then encoded in every step.
+
+Hardware: 2 CPU cores, about 4 minutes. Expect most samples to have the right colour and shape.
+Variants: `debug` takes a few steps of a tiny network in seconds.
+"""
+
+from ml_collections import ConfigDict
+
+from walt_jax.config import variants
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The experiment; see the file's docstring."""
+    config = ConfigDict()
+    config.task = {
+        "name": "denoiser",
+        "tokenizer": "out/tokenizer",
+        "model": {
+            "grid": (5, 8, 8),
+            "width": 128,
+            "num_heads": 4,
+            "num_layers": 8,
+            "windows": ((1, 0, 0), (0, 4, 4)),
+            "num_classes": 48,
+            "remat": False,
+            "dtype": "float32",  # CPUs emulate bfloat16
+        },
+    }
+    config.data = {"path": "out/latents", "sizes": ((64, 64),), "num_frames": 17, "fps": 8.0}
+    config.num_steps = 1000
+    config.batch_size = 16
+    config.optimizer = {"learning_rate": 1e-3, "warmup_steps": 50, "ema_decay": 0.995}
+    config.log_every = 50
+    config.eval_every = 500
+    config.preview_every = 500
+    config.checkpoint_every = 500
+    config.update(variants(arg, {"": {}, "debug": _DEBUG}, __file__))
+    return config
+
+
+_DEBUG = {
+    "task": {
+        "model": {"grid": (2, 4, 4), "width": 16, "num_heads": 2, "num_layers": 2},
+        "preview_steps": 2,
+    },
+    "data": {"sizes": ((32, 32),), "num_frames": 5},
+    "num_steps": 3,
+    "batch_size": 8,
+    "optimizer": {"warmup_steps": 1},
+    "log_every": 1,
+    "eval_every": 2,
+    "eval_batches": 1,
+    "preview_every": 2,
+    "checkpoint_every": 2,
+}

@@ -1,0 +1,171 @@
+"""`python -m walt_jax.prepare`: from files to a dataset, and what it says when it cannot."""
+
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from walt_jax import media, prepare
+from walt_jax.data import records
+from walt_jax.data.preparation import prepare_dataset
+from walt_jax.errors import UserError
+
+REPO = Path(__file__).parents[1]
+CLIPS = Path(os.environ.get("WALT_TEST_DATA", REPO.parent / "shared" / "clips"))
+
+
+def write_clips(folder, count, frames=8, size=(48, 64), fps=10):
+    for i in range(count):
+        path = folder / f"class{i % 3}" / f"clip{i:03d}.mp4"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image = np.full((*size, 3), 20 + 200 * i // count, np.uint8)
+        media.write_mp4(path, np.repeat(image[None], frames, 0), fps)
+    return folder
+
+
+def manifest():
+    rows = (CLIPS / "MANIFEST.md").read_text().splitlines() if CLIPS.is_dir() else []
+    cells = [[c.strip() for c in row.strip("|").split("|")] for row in rows if row.count("|") > 10]
+    return [c for c in cells if re.search(r"\.\w+$", c[0])]
+
+
+@pytest.mark.skipif(not CLIPS.is_dir(), reason=f"no test clips at {CLIPS}")
+@pytest.mark.parametrize("row", manifest(), ids=lambda row: row[0])
+def test_every_real_clip(row, tmp_path):
+    report = prepare_dataset(
+        CLIPS / row[0], tmp_path / "d", short_side=32, max_seconds=15, label_from_name=True
+    )
+    dataset = records.open_dataset(tmp_path / "d", records.VIDEO_FEATURES)
+    assert report.frames == dataset.index["num_frames"].sum() == int(row[5])
+    assert report.skipped == () and dataset.label_names == (Path(row[0]).stem,)
+    assert (dataset.index["duration"] < 15.2).all()
+    ends = dataset.index["start"] + dataset.index["duration"]
+    np.testing.assert_allclose(dataset.index["start"], [0, *ends[:-1]], atol=0.1)
+    # Equal pieces: no scrap at the end.
+    assert dataset.index["num_frames"].min() > 0.9 * dataset.index["num_frames"].max()
+    record = dataset.read(len(dataset) - 1)
+    assert record["sha256"] == row[-1] and record["source"] == Path(row[0]).name
+    frames = records.decode_frames(record, [0, record["num_frames"] - 1])
+    assert min(frames.shape[1:3]) == 32 and frames.std() > 5
+
+
+def test_command(tmp_path, capsys):
+    folder = write_clips(tmp_path / "in", 7)
+    (folder / "class1" / "bad.mp4").write_text("no video")
+    (folder / "class1" / "empty.mp4").touch()
+    output = tmp_path / "out"
+    arguments = ["--input", str(folder), "--output", str(output), "--label-from-folder"]
+    prepare.main([*arguments, "--short-side", "24"])
+    printed = capsys.readouterr().out
+    assert "7 records, 56 frames" in printed
+    assert "2 of 9 videos were skipped" in printed and "report.json" in printed
+    report = json.loads((output / "report.json").read_text())
+    assert [entry["source"] for entry in report["skipped"]] == [
+        "class1/bad.mp4",
+        "class1/empty.mp4",
+    ]
+    assert "0 bytes" in report["skipped"][1]["reason"]
+    dataset = records.open_dataset(output)
+    assert dataset.label_names == ("class0", "class1", "class2")
+    assert dataset.index["label"].tolist() == [0, 0, 0, 1, 1, 2, 2]
+    assert (dataset.index["height"] == 24).all() and (dataset.index["width"] == 32).all()
+    np.testing.assert_allclose(dataset.index["fps"], 10, rtol=1e-6)
+    with pytest.raises(UserError, match="--overwrite"):
+        prepare.main(arguments)
+    prepare.main([*arguments, "--overwrite"])
+    assert (records.open_dataset(output).index["height"] == 48).all()
+
+
+def test_nothing_decodable(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.mp4").write_text("no video")
+    with pytest.raises(UserError, match=r"none of the 1 videos.*a\.mp4"):
+        prepare_dataset(tmp_path / "in", tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["in"]
+    command = [sys.executable, "-m", "walt_jax.prepare", "--input", str(tmp_path / "in")]
+    done = subprocess.run(
+        [*command, "--output", str(tmp_path / "out")], capture_output=True, text=True, cwd=REPO
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: none of the 1 videos")
+
+
+@pytest.mark.parametrize(
+    "options", [{"short_side": 0}, {"workers": 0}, {"shards": 0}, {"max_seconds": 0}]
+)
+def test_bad_options(tmp_path, options):
+    with pytest.raises(UserError, match="give a larger one"):
+        prepare_dataset(tmp_path, tmp_path / "out", **options)
+
+
+def test_same_bytes_with_any_number_of_workers(tmp_path):
+    folder = write_clips(tmp_path / "in", 9)
+    (folder / "class0" / "bad.mp4").write_text("no video")
+
+    def digests(name, **options):
+        prepare_dataset(folder, tmp_path / name, **options)
+        return {
+            p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in (tmp_path / name).iterdir()
+        }
+
+    assert digests("one", workers=1) == digests("four", workers=4)
+    three = digests("three", shards=3)
+    assert len([name for name in three if "array_record" in name]) == 3
+    one, three = (records.open_dataset(tmp_path / name) for name in ("one", "three"))
+    assert one.fingerprint == three.fingerprint
+
+
+def test_manifest_segments_and_pieces(tmp_path):
+    write_clips(tmp_path, 1, frames=60, fps=10)
+    (tmp_path / "m.csv").write_text(
+        "path,caption,label,start,end\n"
+        "class0/clip000.mp4,all of it,long,,\n"
+        "class0/clip000.mp4,the middle,short,2,3.5\n"
+        "class0/clip000.mp4,nothing,short,9,10\n"
+    )
+    report = prepare_dataset(tmp_path / "m.csv", tmp_path / "out", max_seconds=2.5)
+    dataset = records.open_dataset(tmp_path / "out")
+    assert dataset.index["num_frames"].tolist() == [20, 20, 20, 15]
+    np.testing.assert_allclose(dataset.index["start"], [0, 2, 4, 2], atol=1e-6)
+    assert dataset.index["label"].tolist() == [0, 0, 0, 1]
+    assert dataset.read(3)["caption"] == "the middle"
+    np.testing.assert_allclose(dataset.read(1)["timestamps"], np.arange(20) / 10, atol=1e-6)
+    (skipped,) = report.skipped
+    assert skipped["records_kept"] == 0 and "from 9 s to 10 s" in skipped["reason"]
+
+
+def test_single_frame(tmp_path):
+    media.write_mp4(tmp_path / "a.mp4", np.full((1, 32, 32, 3), 99, np.uint8), 25)
+    prepare_dataset(tmp_path / "a.mp4", tmp_path / "out")
+    record = records.open_dataset(tmp_path / "out").read(0)
+    assert (record["num_frames"], record["fps"], record["duration"]) == (1, 1.0, 1.0)
+    assert record["timestamps"].tolist() == [0.0]
+
+
+def test_kill_leaves_nothing_complete(tmp_path):
+    folder = write_clips(tmp_path / "in", 12, frames=100, size=(240, 320))
+    output = tmp_path / "out"
+    command = [sys.executable, "-m", "walt_jax.prepare", "--input", str(folder)]
+    command += ["--output", str(output), "--workers", "1", "--shards", "12"]
+    process = subprocess.Popen(command, cwd=REPO, stderr=subprocess.DEVNULL)
+    partial = tmp_path / "out.partial"
+    deadline = time.monotonic() + 30
+    while not (partial / "shard-00003").exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert partial.is_dir() and not output.exists()
+    for directory in (output, partial):
+        with pytest.raises(UserError, match="not a complete dataset"):
+            records.open_dataset(directory)
+    subprocess.run(command, cwd=REPO, check=True, capture_output=True)
+    assert not partial.exists()
+    assert len(records.open_dataset(output)) == 12

@@ -1,0 +1,65 @@
+"""What the command lines share: arguments, and errors as one sentence."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Sequence
+
+from walt_jax.errors import UserError
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs a command; a UserError is printed as one sentence and exits with status 2."""
+    logger, handler = logging.getLogger("walt_jax"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.addHandler(handler)
+    logger.propagate = False  # absl's handler would print everything twice
+    logger.setLevel(logging.INFO)
+    try:
+        main()
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def config_parser(description: str, *, config: bool = True) -> argparse.ArgumentParser:
+    """A parser with `--workdir`, `--config path[:arg]` (if `config`) and overrides; see `parse`.
+
+    A command without `--config` reads the config that the workdir was started with.
+    """
+    parser = argparse.ArgumentParser(
+        description=description + "\n\nAny key of the config is overridden by --config.key=value.",
+        allow_abbrev=False,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    if config:
+        text = "experiment, such as configs/sprites_walt.py:debug"
+        parser.add_argument("--config", required=True, metavar="PATH[:ARG]", help=text)
+    parser.add_argument("--workdir", required=True, help="where the run lives (local or gs://)")
+    return parser
+
+
+def parse(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
+) -> tuple[argparse.Namespace, list[str]]:
+    """Parses arguments; returns them and the `--config.a.b=value` overrides as `a.b=value`.
+
+    Raises:
+      UserError: an argument that nothing reads, or an override without a value.
+    """
+    args, rest = parser.parse_known_args(argv)
+    overrides = []
+    rest = list(rest)
+    while rest:
+        item = rest.pop(0)
+        if not item.startswith("--config."):
+            raise UserError(f"Nothing reads the argument {item!r}: see --help.")
+        if "=" not in item:
+            if not rest or rest[0].startswith("--"):
+                raise UserError(f"The override {item} has no value: write {item}=VALUE.")
+            item = f"{item}={rest.pop(0)}"
+        overrides.append(item.removeprefix("--config."))
+    return args, overrides

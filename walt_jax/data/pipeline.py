@@ -1,0 +1,272 @@
+"""From records to batches on the devices, by grain.
+
+Batch k is a function of (seed, k): each row's record, start time and bucket are computed from those
+two, so that the position in the data is one number, and any number of processes reads the same
+batches, each its own rows.
+"""
+
+import collections
+import dataclasses
+import hashlib
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import grain.python as grain
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from walt_jax.data import buckets
+from walt_jax.data.records import Dataset, decode_frames
+from walt_jax.errors import UserError
+from walt_jax.parallel.sharding import local_rows
+
+HostBatch = dict[str, np.ndarray]
+_ENDLESS = 2**40  # grain wants a length; training stops long before
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """How clips are cut from a prepared dataset.
+
+    Attributes:
+      path: folder written by `walt_jax.prepare`, or by `walt_jax.encode` (cached latents, for
+        which `num_frames`, `fps` and `sizes` were settled when they were encoded).
+      num_frames: frames of a clip.
+      fps: frames a second that a clip is sampled at, nearest in time; 0 takes every frame.
+      sizes: (height, width) of the buckets; a video goes to the one of nearest aspect.
+      eval_fraction: share of the source videos held out, at least one; chosen by their names.
+      num_workers: processes that decode; 0 decodes in threads of this one.
+      num_threads: threads that decode in each process.
+    """
+
+    path: str
+    num_frames: int = 17
+    fps: float = 8.0
+    sizes: tuple[tuple[int, int], ...] = ((128, 128),)
+    eval_fraction: float = 0.05
+    num_workers: int = 0
+    num_threads: int = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    record: int
+    bucket: int
+    seed: tuple[int, ...]
+
+
+class _Rows:
+    """Random access to this process's rows of all batches: a source for grain."""
+
+    def __init__(self, plan: buckets.BatchPlan, rows: tuple[int, int], seed: int) -> None:
+        self._plan, self._rows, self._seed = plan, rows, seed
+
+    def __len__(self) -> int:
+        return _ENDLESS
+
+    def __getitem__(self, i: int) -> _Row:
+        first, stop = self._rows
+        k, row = divmod(i, stop - first)
+        bucket, records = self._plan(k)
+        return _Row(int(records[first + row]), bucket, (self._seed, k, first + row))
+
+
+class _CutClip:
+    """Decodes one clip of a video record: random start, target fps, bucket's size."""
+
+    def __init__(self, dataset: Dataset, config: DataConfig) -> None:
+        self._dataset, self._config = dataset, config
+
+    def __call__(self, row: _Row) -> dict[str, Any]:
+        record = self._dataset.read(row.record)
+        config, times = self._config, record["timestamps"]
+        rng = np.random.default_rng(row.seed)
+        frames = clip_frames(times, config.num_frames, config.fps, rng.random())
+        video = buckets.fit_frames(decode_frames(record, frames), config.sizes[row.bucket])
+        return {
+            "video": video,
+            "label": np.int32(record["label"]),
+            "fps": np.float32(config.fps or record["fps"]),
+            "caption": record["caption"],
+        }
+
+
+class _ReadLatents:
+    """Reads one record of cached latents."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self._dataset = dataset
+
+    def __call__(self, row: _Row) -> dict[str, Any]:
+        record = self._dataset.read(row.record)
+        return {
+            "latents": np.asarray(record["latents"]),
+            "label": np.int32(record["label"]),
+            "fps": np.float32(record["fps"]),
+            "caption": record["caption"],
+        }
+
+
+def clip_frames(times: np.ndarray, num_frames: int, fps: float, position: float) -> np.ndarray:
+    """Indices of the frames nearest to a clip's times.
+
+    Args:
+      times: float64 (N,), seconds of each frame from 0, rising.
+      num_frames: frames of the clip.
+      fps: frames a second of the clip; 0 takes consecutive frames.
+      position: where the clip starts, 0 (the earliest) to 1 (the latest that fits).
+    """
+    if not fps:
+        start = round(position * (len(times) - num_frames))
+        return np.arange(start, start + num_frames)
+    offsets = np.arange(num_frames) / fps
+    wanted = position * max(0.0, times[-1] - offsets[-1]) + offsets
+    after = np.clip(np.searchsorted(times, wanted), 1, len(times) - 1)
+    return np.where(wanted - times[after - 1] <= times[after] - wanted, after - 1, after)
+
+
+class Pipeline:
+    """Batches of one split of a dataset.
+
+    Attributes:
+      dataset: the records read.
+      left_out: videos too short for a clip.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        config: DataConfig,
+        *,
+        batch_size: int,
+        seed: int,
+        split: Literal["train", "eval", "all"] = "train",
+        shuffle: bool = True,
+    ) -> None:
+        self.dataset, self.config, self._batch_size, self._seed = dataset, config, batch_size, seed
+        self._latents = dataset.metadata.get("kind") == "latents"
+        index = dataset.index
+        fits = np.ones(len(dataset), bool) if self._latents else _long_enough(index, config)
+        chosen = fits & _split(index["source"], config.eval_fraction, split)
+        self.left_out = int(np.sum(~fits))
+        if not chosen.any():
+            raise UserError(
+                f"{dataset.directory} has no video for the {split} split "
+                f"({self.left_out} of {len(dataset)} are shorter than {config.num_frames} frames "
+                f"at {config.fps or 'their own'} fps): lower config.data.num_frames, raise "
+                "config.data.fps, or add videos."
+            )
+        records = np.flatnonzero(chosen)
+        assigned = self._assign(index, records)
+        self.plan = _Subset(buckets.BatchPlan(assigned, batch_size, seed, shuffle=shuffle), records)
+        self._used = np.unique(assigned, return_counts=True)
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Batches in which every video of the split appears."""
+        return self.plan.batches_per_epoch
+
+    def describe(self) -> str:
+        """One line: clips, buckets, what was left out."""
+        counts = ", ".join(f"{n} in {s}" for s, n in self._bucket_counts().items())
+        short = f"; {self.left_out} too short for a clip" if self.left_out else ""
+        return f"{self.dataset.directory}: {counts}{short}"
+
+    def shapes(self) -> list[dict[str, jax.ShapeDtypeStruct]]:
+        """The whole batch's arrays, for every bucket that has records."""
+        b, n = self._batch_size, self.config.num_frames
+        common = {
+            "label": jax.ShapeDtypeStruct((b,), np.int32),
+            "fps": jax.ShapeDtypeStruct((b,), np.float32),
+        }
+        if self._latents:
+            dtype = np.dtype(self.dataset.metadata["dtype"])
+            shapes = [("latents", (b, *map(int, self._latent_shapes[i])), dtype) for i in self._used[0]]
+        else:
+            shapes = [("video", (b, n, *self.config.sizes[i], 3), np.uint8) for i in self._used[0]]
+        return [{name: jax.ShapeDtypeStruct(s, d), **common} for name, s, d in shapes]
+
+    def batches(self, start: int = 0, rows: tuple[int, int] | None = None) -> Iterator[HostBatch]:
+        """Batches `start`, `start` + 1, ... for ever; of each the given rows (default: all)."""
+        rows = rows or (0, self._batch_size)
+        local = rows[1] - rows[0]
+        cut = _ReadLatents(self.dataset) if self._latents else _CutClip(self.dataset, self.config)
+        source = grain.MapDataset.source(_Rows(self.plan, rows, self._seed))
+        clips = source.slice(slice(start * local, None)).map(cut)
+        options = grain.ReadOptions(
+            num_threads=self.config.num_threads, prefetch_buffer_size=max(local, 16)
+        )
+        batched = clips.to_iter_dataset(options).batch(local)
+        if self.config.num_workers:
+            batched = batched.mp_prefetch(
+                grain.MultiprocessingOptions(num_workers=self.config.num_workers)
+            )
+        return iter(batched)
+
+    def _bucket_counts(self) -> dict[str, int]:
+        sizes = self._latent_shapes if self._latents else self.config.sizes
+        return {"x".join(map(str, sizes[i])): int(n) for i, n in zip(*self._used)}
+
+    def _assign(self, index: dict[str, np.ndarray], records: np.ndarray) -> np.ndarray:
+        if not self._latents:
+            return buckets.assign(
+                index["height"][records], index["width"][records], self.config.sizes
+            )
+        columns = [index[c][records] for c in ("num_frames", "height", "width")]
+        channels = np.full(len(records), self.dataset.metadata["latent_channels"])
+        self._latent_shapes, assigned = np.unique(
+            np.stack([*columns, channels], 1), axis=0, return_inverse=True
+        )
+        return assigned.reshape(-1)
+
+
+class _Subset:
+    """A plan over some of the records, in the dataset's own numbering."""
+
+    def __init__(self, plan: buckets.BatchPlan, records: np.ndarray) -> None:
+        self._plan, self._records = plan, records
+        self.batches_per_epoch = plan.batches_per_epoch
+
+    def __call__(self, k: int) -> tuple[int, np.ndarray]:
+        bucket, rows = self._plan(k)
+        return bucket, self._records[rows]
+
+
+def _long_enough(index: dict[str, np.ndarray], config: DataConfig) -> np.ndarray:
+    if not config.fps:
+        return index["num_frames"] >= config.num_frames
+    # Half a frame short still has a nearest frame for every time.
+    return index["duration"] + 0.5 / config.fps >= (config.num_frames - 1) / config.fps
+
+
+def _split(sources: np.ndarray, fraction: float, split: str) -> np.ndarray:
+    """Which records belong to the split: whole source videos, in the order of their names' hashes.
+
+    So videos and the latents made of them are split alike.
+    """
+    if split == "all" or not fraction:
+        return np.full(len(sources), split != "eval")
+    names = sorted(set(sources.tolist()), key=lambda s: hashlib.sha256(s.encode()).digest())
+    held_out = names[: max(1, round(fraction * len(names)))]
+    return np.isin(sources, held_out) == (split == "eval")
+
+
+def on_devices(
+    pipeline: Pipeline, sharding: NamedSharding, batch_size: int, start: int = 0, ahead: int = 2
+) -> Iterator[dict[str, jax.Array]]:
+    """Batches as global arrays, `ahead` of them under way to the devices; strings are left out."""
+    rows = local_rows(sharding, batch_size)
+    batches = pipeline.batches(start, rows)
+
+    def put(batch: HostBatch) -> dict[str, jax.Array]:
+        return {
+            name: jax.make_array_from_process_local_data(sharding, x, (batch_size, *x.shape[1:]))
+            for name, x in batch.items()
+            if name != "caption"
+        }
+
+    queue = collections.deque(put(next(batches)) for _ in range(ahead))
+    while True:
+        yield queue.popleft()
+        queue.append(put(next(batches)))

@@ -1,0 +1,50 @@
+"""The device mesh: axes `data`, `fsdp`, `tensor`, `context`."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from walt_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor", "context")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; at most one of them may be -1, meaning the rest.
+
+    Attributes:
+      data: copies of the model, each with its own part of the batch.
+      fsdp: devices over which parameters and the batch are sharded together.
+      tensor: devices over which heads and MLP columns are sharded.
+      context: devices over which the rows of the grid are sharded.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+    context: int = 1
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Builds the mesh over all devices of all processes (or those given).
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices()) if devices is None else list(devices)
+    sizes = [getattr(config, axis) for axis in AXES]
+    if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
+        raise UserError(f"config.mesh {sizes} must be positive sizes with at most one -1.")
+    fixed = math.prod(s for s in sizes if s != -1)
+    sizes = [len(devices) // fixed if s == -1 else s for s in sizes]
+    if math.prod(sizes) != len(devices):
+        shape = " x ".join(f"{a} {s}" for a, s in zip(AXES, sizes))
+        raise UserError(
+            f"config.mesh ({shape}) does not make {len(devices)} devices: set one axis to -1."
+        )
+    types = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)

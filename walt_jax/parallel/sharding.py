@@ -1,0 +1,131 @@
+"""Which array lies where: ordered regex rules, path -> PartitionSpec."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+PyTree = Any
+
+# The first pattern found in a parameter's path decides. A spec is for the trailing axes: leading
+# ones (stacked layers, convolution taps) are never sharded. The optimizer's moments and the EMA
+# have the parameter's path in theirs, so that the same rules place them.
+RULES: tuple[tuple[str, P], ...] = (
+    (r"(qkv|up)/kernel$", P("fsdp", "tensor")),
+    (r"(out|down)/kernel$", P("tensor", "fsdp")),
+    (r"kernel$", P("fsdp", "tensor")),
+    (r"embedding$", P(None, "fsdp")),
+    (r"", P()),
+)
+BATCH = P(("data", "fsdp"))
+_GRID = P(("data", "fsdp"), None, "context")
+
+
+def path_of(path: Sequence[Any]) -> str:
+    """`a/b/0` for a key path of jax.tree_util."""
+    return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
+
+
+def fit(spec: P, shape: Sequence[int], mesh: Mesh) -> P:
+    """Aligns a spec with the trailing axes and drops mesh axes that do not divide an axis."""
+    entries = (None,) * (len(shape) - len(spec)) + tuple(spec)[max(0, len(spec) - len(shape)) :]
+    return _divisible(entries, shape, mesh)
+
+
+def _divisible(entries: Sequence[Any], shape: Sequence[int], mesh: Mesh) -> P:
+    def size(entry: Any) -> int:
+        axes = (entry,) if isinstance(entry, str) else tuple(entry or ())
+        return math.prod(mesh.shape[a] for a in axes)
+
+    return P(*(e if e is not None and n % size(e) == 0 else None for e, n in zip(entries, shape)))
+
+
+def state_shardings(state: PyTree, mesh: Mesh) -> PyTree:
+    """NamedShardings for a state of arrays or ShapeDtypeStructs, by RULES."""
+
+    def one(path: Sequence[Any], leaf: Any) -> NamedSharding:
+        name = path_of(path)
+        spec = next(spec for pattern, spec in RULES if re.search(pattern, name))
+        return NamedSharding(mesh, fit(spec, leaf.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(one, state)
+
+
+def describe(shardings: PyTree, shapes: PyTree) -> list[str]:
+    """One line a parameter: path, shape, spec; for the log."""
+    rows = jax.tree_util.tree_leaves_with_path(shardings)
+    return [
+        f"{path_of(path)} {tuple(leaf.shape)} {sharding.spec}"
+        for (path, sharding), leaf in zip(rows, jax.tree.leaves(shapes))
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What a model needs to know of the mesh, as two functions; the default does nothing.
+
+    Attributes:
+      mesh: the mesh, or None on a single device.
+    """
+
+    mesh: Mesh | None = None
+
+    def activations(self, x: jax.Array) -> jax.Array:
+        """Pins (B, T, H, W, C): batch over data and fsdp, rows over context."""
+        if self.mesh is None:
+            return x
+        entries = tuple(_GRID) + (None,) * (x.ndim - len(_GRID))
+        sharding = NamedSharding(self.mesh, _divisible(entries, x.shape, self.mesh))
+        return jax.lax.with_sharding_constraint(x, sharding)
+
+    def gather(self, params: PyTree, dtype: jnp.dtype) -> PyTree:
+        """Casts matrices to `dtype`, then gathers them over fsdp, just before they are used.
+
+        In this order half of the bytes travel. Vectors stay in float32: they are small, and
+        biases, norms and tables are used in float32.
+        """
+
+        def one(path: Sequence[Any], leaf: jax.Array) -> jax.Array:
+            name = path_of(path)
+            if not name.endswith("kernel"):
+                return leaf
+            leaf = leaf.astype(dtype)
+            if self.mesh is None:
+                return leaf
+            spec = next(spec for pattern, spec in RULES if re.search(pattern, name))
+            kept = P(*(None if e == "fsdp" else e for e in spec))
+            sharding = NamedSharding(self.mesh, fit(kept, leaf.shape, self.mesh))
+            return jax.lax.with_sharding_constraint(leaf, sharding)
+
+        return jax.tree_util.tree_map_with_path(one, params)
+
+
+def local_rows(sharding: NamedSharding, batch_size: int) -> tuple[int, int]:
+    """The rows [start, stop) of a batch that this process must bring, given its devices."""
+    slices = sharding.addressable_devices_indices_map((batch_size,)).values()
+    bounds = [s[0].indices(batch_size)[:2] for s in slices]
+    return min(a for a, _ in bounds), max(b for _, b in bounds)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """How a batch lies on the devices: rows over data and fsdp."""
+    return NamedSharding(mesh, BATCH)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same value on every device."""
+    return NamedSharding(mesh, P())
+
+
+def place(tree: PyTree, shardings: PyTree) -> PyTree:
+    """Puts host arrays, equal on every process, on the devices."""
+    put: Callable[[Any, NamedSharding], jax.Array] = lambda x, s: jax.make_array_from_callback(  # noqa: E731
+        x.shape, s, lambda index: x[index]
+    )
+    return jax.tree.map(put, tree, shardings)

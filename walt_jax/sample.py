@@ -1,0 +1,69 @@
+"""`python -m walt_jax.sample --workdir DIR --labels ... --out DIR`: generates videos."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from walt_jax import cli
+from walt_jax.errors import UserError
+from walt_jax.gallery import Section, write_gallery
+from walt_jax.media import frame_grid, write_mp4, write_png
+from walt_jax.sampling import Generator
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Reads the command line, samples, and writes mp4 files, a frame grid and a gallery."""
+    parser = cli.config_parser("Samples videos from a trained denoiser.", config=False)
+    parser.add_argument("--labels", default="", help="classes, names or numbers, by commas")
+    parser.add_argument("--num", type=int, default=16, help="videos, the labels taking turns")
+    parser.add_argument("--guidance", type=float, default=1.0, help="1 is none (default)")
+    parser.add_argument("--steps", type=int, default=50, help="DDIM steps (default 50)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--checkpoint", type=int, help="step of the checkpoint (default: newest)")
+    parser.add_argument("--batch_size", type=int, default=16, help="videos at a time")
+    parser.add_argument("--out", required=True, help="folder to write to")
+    args, overrides = cli.parse(parser, argv)
+    if overrides:
+        raise UserError("sample takes the config of its --workdir: leave --config.* out.")
+    if args.num < 1:
+        raise UserError(f"--num must be at least 1, got {args.num}.")
+    generator = Generator.load(args.workdir, args.checkpoint)
+    names = [n.strip() for n in args.labels.split(",") if n.strip()]
+    classes = generator.task.model.num_classes
+    chosen = generator.labels(names) if names else np.arange(max(classes, 1), dtype=np.int32)
+    labels = np.resize(chosen, args.num)
+    videos = generator.sample(
+        labels,
+        seed=args.seed,
+        num_steps=args.steps,
+        guidance=args.guidance,
+        batch_size=args.batch_size,
+    )
+    settings = (
+        f"step {generator.step}, {args.steps} DDIM steps, guidance {args.guidance:g}, "
+        f"seed {args.seed}"
+    )
+    write_samples(Path(args.out), videos, [generator.name(i) for i in labels], generator.fps, settings)
+    print(f"{args.num} videos in {args.out}; look at {args.out}/index.html")
+
+
+def write_samples(
+    folder: Path, videos: np.ndarray, captions: Sequence[str], fps: float, settings: str
+) -> None:
+    """Writes uint8 videos (N, T, H, W, 3) as mp4 with a frame grid and a gallery."""
+    folder.mkdir(parents=True, exist_ok=True)
+    items = []
+    for i, (video, caption) in enumerate(zip(videos, captions)):
+        write_mp4(folder / f"{i:04d}.mp4", video, fps)
+        items.append((f"{i:04d}.mp4", f"{caption} ({settings}, video {i})"))
+    write_png(folder / "grid.png", frame_grid(videos[:32]))
+    sections = [
+        Section("Videos", settings, items),
+        Section("Frames", items=[("grid.png", "one video a row")]),
+    ]
+    write_gallery(folder / "index.html", "Samples", sections)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,99 @@
+"""What is trained: the interface between a task and the one loop."""
+
+import abc
+from typing import Any, ClassVar
+
+import jax
+import numpy as np
+
+from walt_jax.data.records import Dataset
+from walt_jax.models import Network
+from walt_jax.parallel import Layout
+
+PyTree = Any
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+class Task(abc.ABC):
+    """A frozen dataclass of sizes and weights, with pure functions of arrays.
+
+    Everything but `prepare` is traced. Losses and metrics are means over the batch in float32.
+    """
+
+    registry: ClassVar[dict[str, type["Task"]]] = {}
+
+    def __init_subclass__(cls, name: str, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        Task.registry[name] = cls
+
+    @property
+    @abc.abstractmethod
+    def network(self) -> Network:
+        """The network whose parameters are trained."""
+
+    def prepare(self, workdir: str, dataset: Dataset) -> PyTree:
+        """Loads what stays fixed in training (a tokenizer, say), on the host.
+
+        Raises:
+          UserError: the dataset or what is loaded does not fit the task.
+        """
+        del workdir, dataset
+        return {}
+
+    def init_extra(self) -> PyTree:
+        """Statistics kept in the state beside the parameters."""
+        return {}
+
+    @abc.abstractmethod
+    def loss(
+        self,
+        params: PyTree,
+        extra: PyTree,
+        frozen: PyTree,
+        batch: Batch,
+        key: jax.Array,
+        step: jax.Array,
+        layout: Layout,
+    ) -> tuple[jax.Array, tuple[Metrics, PyTree]]:
+        """The scalar to descend, the metrics, and the next `extra`."""
+
+    @abc.abstractmethod
+    def evaluate(
+        self,
+        params: PyTree,
+        extra: PyTree,
+        frozen: PyTree,
+        batch: Batch,
+        key: jax.Array,
+        layout: Layout,
+    ) -> Metrics:
+        """Metrics on held-out clips, a value a clip (B,), so that any batch gives one mean."""
+
+    @abc.abstractmethod
+    def preview(
+        self,
+        params: PyTree,
+        extra: PyTree,
+        frozen: PyTree,
+        batch: Batch,
+        key: jax.Array,
+        layout: Layout,
+    ) -> jax.Array:
+        """Videos to look at in TensorBoard, float32 (N, T, H, W, 3) in [-1, 1]."""
+
+
+def to_unit(pixels: jax.Array) -> jax.Array:
+    """uint8 pixels to float32 in [-1, 1]."""
+    return pixels.astype(np.float32) / 127.5 - 1.0
+
+
+def to_uint8(pixels: np.ndarray | jax.Array) -> np.ndarray:
+    """float pixels in [-1, 1] (values outside are clipped) to uint8, on the host."""
+    pixels = np.asarray(pixels, np.float32)
+    return np.clip(np.rint((pixels + 1.0) * 127.5), 0, 255).astype(np.uint8)
+
+
+def sample_keys(key: jax.Array, batch_size: int) -> jax.Array:
+    """A key for each row, so that what a row draws depends on no other row and on no mesh."""
+    return jax.vmap(lambda row: jax.random.fold_in(key, row))(np.arange(batch_size))

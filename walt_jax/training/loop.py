@@ -1,0 +1,317 @@
+"""The one training loop."""
+
+import dataclasses
+import functools
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from walt_jax import config as config_lib
+from walt_jax.data.pipeline import Pipeline, on_devices
+from walt_jax.data.records import Dataset, open_dataset
+from walt_jax.errors import UserError
+from walt_jax.parallel import Layout, describe, make_mesh, state_shardings
+from walt_jax.parallel.sharding import batch_sharding, place, replicated
+from walt_jax.tasks import to_uint8
+from walt_jax.training import metrics as metrics_lib
+from walt_jax.training.checkpoints import Checkpoints, Progress
+from walt_jax.training.experiment import Experiment
+from walt_jax.training.optimizers import make_optimizer, make_schedule
+from walt_jax.training.state import TrainState, train_step
+
+logger = logging.getLogger(__name__)
+PyTree = Any
+DATASET = "dataset.json"
+Shape = tuple[tuple[str, tuple[int, ...]], ...]
+
+
+def train(
+    experiment: Experiment,
+    workdir: str | Path,
+    *,
+    replace_config: bool = False,
+    quiet: bool = False,
+) -> dict[str, float]:
+    """Trains, or goes on with, the run in `workdir`; returns the last evaluation's metrics.
+
+    The decisions, in their order:
+    1. The workdir is claimed by the resolved config; another config there is an error.
+    2. The mesh, the data and the task's fixed parts (a tokenizer) are built and checked.
+    3. Every bucket's step is compiled before the first; a shape that comes later is an error.
+    4. The state is restored from the newest checkpoint, or drawn from the seed.
+    5. Steps. Metrics are read one step late, so that the devices never wait for the host.
+       Checkpoints are taken between two steps, before the next batch is asked for.
+
+    Raises:
+      UserError: bad input, or a loss that is not finite (the sentence names the step).
+    """
+    config_lib.claim_workdir(workdir, experiment, replace=replace_config)
+    mesh = make_mesh(experiment.mesh)
+    with jax.set_mesh(mesh):
+        run = _Run(experiment, workdir, mesh, quiet=quiet or jax.process_index() != 0)
+        with Checkpoints(workdir, keep=experiment.keep_checkpoints) as checkpoints:
+            return run.steps(checkpoints)
+
+
+class _Run:
+    """What stays the same over the steps of a run."""
+
+    def __init__(
+        self, experiment: Experiment, workdir: str | Path, mesh: Mesh, *, quiet: bool
+    ) -> None:
+        self.experiment, self.workdir, self.mesh, self.quiet = experiment, workdir, mesh, quiet
+        self.task, self.layout = experiment.task, Layout(mesh)
+        self.batch_sharding = batch_sharding(mesh)
+        shards = mesh.shape["data"] * mesh.shape["fsdp"]
+        if experiment.batch_size % shards:
+            raise UserError(
+                f"config.batch_size={experiment.batch_size} must be a multiple of the "
+                f"{shards} devices of the data and fsdp axes."
+            )
+        dataset = open_dataset(experiment.data.path)
+        make = functools.partial(
+            Pipeline, dataset, experiment.data, batch_size=experiment.batch_size
+        )
+        if jax.process_index() == 0:
+            _write_about(workdir, dataset, experiment.data.fps)
+        self.data = make(seed=experiment.seed, split="train")
+        held_out = experiment.data.eval_fraction > 0
+        self.eval_data = make(seed=0, split="eval", shuffle=False) if held_out else None
+        self.say(f"data: {self.data.describe()}")
+        frozen = self.task.prepare(str(workdir), dataset)
+        self.frozen = place(frozen, jax.tree.map(lambda _: replicated(mesh), frozen))
+        self.key = place(np.asarray(experiment.seed, np.uint32), replicated(mesh))
+        self.optimizer = make_optimizer(experiment.optimizer, experiment.num_steps)
+        self.create = functools.partial(TrainState.create, self.task, self.optimizer)
+        shapes = jax.eval_shape(self.create, jax.random.key(0))
+        self.shardings = state_shardings(shapes, mesh)
+        self.abstract = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.shardings
+        )
+
+    def say(self, text: str) -> None:
+        """A line for the user, on the first process."""
+        if not self.quiet:
+            logger.info(text)
+
+    def initial(self, checkpoints: Checkpoints) -> tuple[TrainState, Progress]:
+        """Restores the newest checkpoint, or draws a fresh state."""
+        if checkpoints.latest is not None:
+            self.say(f"goes on from step {checkpoints.latest}")
+            return checkpoints.restore(self.abstract)
+        lines = describe(self.shardings.params, self.abstract.params)
+        total = sum(x.size for x in jax.tree.leaves(self.abstract.params))
+        logger.debug("shardings:\n%s", "\n".join(lines))
+        self.say(f"{total:,} parameters on {dict(self.mesh.shape)}")
+        create = jax.jit(lambda seed: self.create(jax.random.key(seed)), out_shardings=self.shardings)
+        return create(self.key), Progress()
+
+    def compile_steps(self) -> dict[Shape, Any]:
+        """The training step of every bucket, compiled: shapes -> executable."""
+        step = functools.partial(
+            train_step,
+            task=self.task,
+            optimizer=self.optimizer,
+            schedule=make_schedule(self.experiment.optimizer, self.experiment.num_steps),
+            ema_decay=self.experiment.optimizer.ema_decay,
+            layout=self.layout,
+        )
+        jitted = jax.jit(
+            lambda state, frozen, batch, seed: step(state, frozen, batch, jax.random.key(seed)),
+            donate_argnums=0,
+            out_shardings=(self.shardings, replicated(self.mesh)),
+        )
+        compiled = {}
+        for shapes in self.data.shapes():
+            batch = {
+                k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=self.batch_sharding)
+                for k, v in shapes.items()
+            }
+            began = time.monotonic()
+            lowered = jitted.lower(self.abstract, self.frozen, batch, self.key)
+            compiled[_shape(batch)] = lowered.compile()
+            self.say(f"compiled {_shape(batch)[-1]} in {time.monotonic() - began:.0f} s")
+        return compiled
+
+    def steps(self, checkpoints: Checkpoints) -> dict[str, float]:
+        """All steps from the newest checkpoint to the last; the last evaluation's metrics."""
+        experiment = self.experiment
+        state, progress = self.initial(checkpoints)
+        compiled = self.compile_steps()
+        writer = metrics_lib.make_writer(self.workdir) if jax.process_index() == 0 else None
+        log = _Log(self, progress, writer)
+        first = progress.next_batch
+        evaluation = self.evaluate(state, first, writer) if first == 0 else {}
+        batches = on_devices(self.data, self.batch_sharding, experiment.batch_size, first)
+        with jax.transfer_guard("disallow"):
+            for step in range(first, experiment.num_steps):
+                batch = next(batches)
+                executable = compiled.get(_shape(batch))
+                if executable is None:
+                    raise UserError(
+                        f"Batch {step} has the new shape {_shape(batch)}: every shape is compiled "
+                        "before the first step, so this dataset changed under the run."
+                    )
+                state, metrics = executable(state, self.frozen, batch, self.key)
+                log.add(step + 1, metrics, executable)
+                done, last = step + 1, step + 1 == experiment.num_steps
+                if last or done % experiment.eval_every == 0:
+                    log.flush()
+                    evaluation = self.evaluate(state, done, writer)
+                if experiment.preview_every and (last or done % experiment.preview_every == 0):
+                    self.preview(state, done, writer)
+                if last or done % experiment.checkpoint_every == 0:
+                    log.flush()
+                    checkpoints.save(state, log.progress)
+        if writer is not None:
+            writer.flush()
+            writer.close()
+        return evaluation
+
+    @functools.cached_property
+    def _evaluate(self) -> Any:
+        def evaluate(state: TrainState, frozen: PyTree, batch: PyTree) -> PyTree:
+            return self.task.evaluate(
+                state.ema, state.extra, frozen, batch, jax.random.key(0), self.layout
+            )
+
+        return jax.jit(evaluate, out_shardings=replicated(self.mesh))
+
+    @functools.cached_property
+    def _preview(self) -> Any:
+        def preview(state: TrainState, frozen: PyTree, batch: PyTree) -> PyTree:
+            return self.task.preview(
+                state.ema, state.extra, frozen, batch, jax.random.key(0), self.layout
+            )
+
+        return jax.jit(preview, out_shardings=replicated(self.mesh))
+
+    def _held_out(self) -> Iterator[dict[str, jax.Array]]:
+        return on_devices(self.eval_data, self.batch_sharding, self.experiment.batch_size)
+
+    def evaluate(self, state: TrainState, step: int, writer: Any) -> dict[str, float]:
+        """Mean metrics of the moving average on the same held-out clips at every call."""
+        if self.eval_data is None:
+            return {}
+        batches = self._held_out()
+        rows = [
+            jax.device_get(self._evaluate(state, self.frozen, next(batches)))
+            for _ in range(self.experiment.eval_batches)
+        ]
+        means = {f"eval/{k}": float(np.mean([r[k] for r in rows])) for k in rows[0]}
+        if writer is not None:
+            writer.write_scalars(step, means)
+        self.say(f"step {step}: " + "  ".join(f"{k} {v:.4f}" for k, v in means.items()))
+        return means
+
+    def preview(self, state: TrainState, step: int, writer: Any) -> None:
+        """Writes videos of the moving average to TensorBoard."""
+        data = self._held_out() if self.eval_data is not None else on_devices(
+            self.data, self.batch_sharding, self.experiment.batch_size
+        )
+        videos = jax.device_get(self._preview(state, self.frozen, next(data)))
+        if writer is not None:
+            writer.write_videos(step, {"preview": to_uint8(videos[:8])})
+
+
+class _Log:
+    """Reads metrics one step late, checks them, averages them over a window, counts the work."""
+
+    def __init__(self, run: _Run, progress: Progress, writer: Any) -> None:
+        self.progress = dataclasses.replace(progress)
+        self._run, self._writer = run, writer
+        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+        self._window: list[dict[str, float]] = []
+        self._clock = time.monotonic()
+        self._mark = dataclasses.replace(progress)
+        experiment = run.experiment
+        self._line = metrics_lib.ProgressLine(
+            "step", experiment.num_steps, progress.next_batch, enabled=not run.quiet
+        )
+
+    def add(self, step: int, metrics: dict[str, jax.Array], executable: Any) -> None:
+        """Takes step's metrics, still being computed, and handles those of the step before."""
+        pending, self._pending = self._pending, (step, metrics)
+        self._read(pending)
+        progress = self.progress
+        now = time.monotonic()
+        seconds, self._clock = now - self._clock, now
+        progress.next_batch = step
+        progress.clips += self._run.experiment.batch_size
+        progress.seconds += seconds
+        progress.core_seconds += seconds * jax.device_count()
+        progress.flops += _flops(executable) * jax.device_count()
+
+    def flush(self) -> None:
+        """Waits for the newest step and handles its metrics."""
+        pending, self._pending = self._pending, None
+        self._read(pending)
+
+    def _read(self, pending: tuple[int, dict[str, jax.Array]] | None) -> None:
+        if pending is None:
+            return
+        step, metrics = pending
+        values = {k: float(v) for k, v in sorted(jax.device_get(metrics).items())}
+        if not math.isfinite(values["loss"]):
+            raise UserError(
+                f"The loss is {values['loss']} at step {step} (gradient norm "
+                f"{values['grad_norm']:.3g}): lower config.optimizer.learning_rate, or look at "
+                f"batch {step - 1}; checkpoints before it are kept."
+            )
+        self._window.append(values)
+        every = self._run.experiment.log_every
+        if step % every and step != self._run.experiment.num_steps:
+            return
+        means = {k: float(np.mean([w[k] for w in self._window])) for k in values}
+        self._window = []
+        rates = self._rates()
+        if self._writer is not None:
+            hours = self.progress.core_seconds / 3600
+            scalars = {f"train/{k}": v for k, v in means.items()}
+            scalars |= {f"speed/{k}": v for k, v in rates.items()}
+            self._writer.write_scalars(step, {**scalars, "speed/core_hours": hours})
+        shown = {"loss": means["loss"], **means}
+        del shown["learning_rate"]
+        self._line(step, rates, shown)
+
+    def _rates(self) -> dict[str, float]:
+        now, before = self.progress, self._mark
+        self._mark = dataclasses.replace(now)
+        seconds = max(now.seconds - before.seconds, 1e-9)
+        devices = jax.device_count()
+        rates = {
+            "steps/s": (now.next_batch - before.next_batch) / seconds,
+            "clips/s/chip": (now.clips - before.clips) / seconds / devices,
+        }
+        if peak := metrics_lib.peak_flops(jax.devices()[0].device_kind):
+            rates["MFU"] = (now.flops - before.flops) / seconds / devices / peak
+        return rates
+
+
+def _write_about(workdir: str | Path, dataset: Dataset, fps: float) -> None:
+    """What sampling needs to know of the data, so that a workdir stands alone."""
+    about = {
+        "label_names": dataset.label_names,
+        "fps": fps or float(np.median(dataset.index["fps"])),
+        "fingerprint": dataset.fingerprint,
+    }
+    (epath.Path(workdir) / DATASET).write_text(json.dumps(about, indent=2) + "\n")
+
+
+def _flops(executable: Any) -> float:
+    """The compiler's count for one device; 0 where it gives none."""
+    analysis = executable.cost_analysis() or {}
+    return max(0.0, float(analysis.get("flops", 0.0)))
+
+
+def _shape(batch: PyTree) -> Shape:
+    return tuple(sorted((k, tuple(v.shape)) for k, v in batch.items()))

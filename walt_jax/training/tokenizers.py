@@ -1,0 +1,84 @@
+"""Loading a trained tokenizer from its run, and keeping a copy with what depends on it."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from walt_jax import config as config_lib
+from walt_jax.errors import UserError
+from walt_jax.models import TokenizerConfig
+from walt_jax.models.tokenizer.frozen import FrozenTokenizer
+from walt_jax.training.checkpoints import Checkpoints
+
+FOLDER = "tokenizer"
+
+
+def load_tokenizer(workdir: str | Path, step: int | None = None) -> FrozenTokenizer:
+    """The tokenizer of a run of the tokenizer task (its moving average), or of a denoiser's copy.
+
+    Raises:
+      UserError: the folder holds neither, or no checkpoint yet.
+    """
+    copy = epath.Path(workdir) / FOLDER
+    if copy.exists():
+        return _read(copy)
+    task = config_lib.read_resolved(workdir)["task"]
+    if task["name"] != "tokenizer":
+        raise UserError(f"{workdir} is a run of another task: give the workdir of a tokenizer.")
+    model = config_lib.build(TokenizerConfig, task["model"], f"{workdir}: task.model")
+    with Checkpoints(workdir, read_only=True) as checkpoints:
+        parts = checkpoints.restore_part(("ema", "extra"), step)
+    extra = parts["extra"]
+    return FrozenTokenizer.create(
+        model, parts["ema"], extra["latent_mean"], extra["latent_square"]
+    )
+
+
+def adopt(source: str, workdir: str | Path) -> FrozenTokenizer:
+    """Loads the tokenizer in `source` and copies it into `workdir`, so that the run stands alone.
+
+    Raises:
+      UserError: `source` holds no tokenizer, or another one than was adopted before.
+    """
+    folder = epath.Path(workdir) / FOLDER
+    if folder.exists():
+        ours = _read(folder)
+        if epath.Path(source).exists() and load_tokenizer(source).hash != ours.hash:
+            raise UserError(
+                f"{source} is not the tokenizer ({ours.hash}) that {workdir} was started with: it "
+                "was trained on since; start the denoiser in another --workdir."
+            )
+        return ours
+    tokenizer = load_tokenizer(source)
+    _write(folder, tokenizer)
+    return tokenizer
+
+
+def _write(folder: epath.Path, tokenizer: FrozenTokenizer) -> None:
+    """Every process calls it; orbax writes once and under a temporary name until it is whole."""
+    about = {"config": dataclasses.asdict(tokenizer.config), "hash": tokenizer.hash}
+    tree = {"params": tokenizer.params, "mean": tokenizer.mean, "std": tokenizer.std}
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        checkpointer.save(
+            folder.resolve(),
+            args=ocp.args.Composite(
+                weights=ocp.args.PyTreeSave(tree), about=ocp.args.JsonSave(about)
+            ),
+        )
+
+
+def _read(folder: epath.Path) -> FrozenTokenizer:
+    about = json.loads(next((folder / "about").glob("*")).read_text())
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        tree = checkpointer.restore((folder / "weights").resolve())
+    return FrozenTokenizer(
+        tree["params"],
+        np.asarray(tree["mean"]),
+        np.asarray(tree["std"]),
+        config_lib.build(TokenizerConfig, about["config"], "tokenizer"),
+        about["hash"],
+    )
