@@ -2,9 +2,9 @@
 
     python benchmarks/record_encoding.py --clips ../shared/clips [--short-sides 128 256]
 
-For every encoding: bytes a frame, clips a second of CPU time (so: of one core) when a training example is 17
-consecutive frames from a random offset, the same with every third frame (30 fps -> 10 fps), encode
-frames a second, and the PSNR of the stored frames against the decoded and shrunken source.
+For every encoding: bytes a frame, clips a second of CPU time (so: of one core) when a training
+example is 17 consecutive frames from a random offset, the same with every third frame (30 fps ->
+10 fps), frames encoded a second, and the PSNR of the stored frames against the shrunken source.
 The numbers in the docstring of `walt_jax/data/records.py` come from here.
 """
 

@@ -6,21 +6,19 @@ holds `metadata.json` (shard sizes, label names, fingerprint, whatever the write
 here imports TensorFlow. `prepare` writes `VIDEO_FEATURES`, `encode` writes latents with its own.
 
 **Why JPEG frames.** A training example is a few frames from anywhere in a clip, often with a
-stride, and on a pod the hosts' CPUs are what runs short. Measured on the 32 clips of the test data,
-one core, 17 frames from a random offset (`benchmarks/record_encoding.py`):
+stride, and on a pod the hosts' CPUs run short before the disks do. Measured on 32 real clips, one
+core of an AMD EPYC, 17 frames from a random offset (`benchmarks/record_encoding.py`):
 
     short side 128            bytes/frame   clips/s   clips/s, every 3rd frame   PSNR
-    JPEG q90 4:4:4 (chosen)          8636       624                        648   40.1 dB
-    JPEG q95 4:2:0                   9663       672                        690   39.9 dB
-    H.264 crf 16, intra              3059       243                         93   35.4 dB
-    H.264 crf 16, GOP of 8           1408       347                        162   37.3 dB
+    JPEG q90 4:4:4 (chosen)          8636       603                        599   40.1 dB
+    JPEG q95 4:2:0                   9663       651                        677   39.9 dB
+    H.264 crf 16, GOP 8, 4:4:4       1419       215                        117   40.1 dB
+    H.264 crf 16, GOP 8, 4:2:0       1408       340                        160   37.3 dB
     short side 256
-    JPEG q90 4:4:4 (chosen)         22870       201                        209   43.0 dB
-    JPEG q95 4:2:0                  26248       226                        234   43.4 dB
-    H.264 crf 16, GOP of 8           3980       118                         54   39.6 dB
+    JPEG q90 4:4:4 (chosen)         22870       203                        210   43.0 dB
+    H.264 crf 16, GOP 8, 4:4:4       3969        65                         35   41.9 dB
 
-H.264 is 6 times smaller and 2 to 4 times slower, and loses 3 dB of what the models are judged by.
-4:4:4 keeps the colour of small frames at fewer bytes than a higher quality with 4:2:0 would.
+At equal fidelity H.264 is 6 times smaller but decodes 3 to 6 times slower.
 """
 
 import fcntl
