@@ -9,7 +9,7 @@ _HERE = Path(__file__).parent
 INSTALL_REQUIRES = [
     "absl-py>=2.1",
     "array_record>=0.8",
-    "av>=14.0",  # wheels carry FFmpeg: no system library is needed
+    "av>=18.0",  # wheels carry FFmpeg: no system library is needed
     "clu>=0.0.12",
     "etils[epath]>=1.9",
     "flax>=0.12",
@@ -22,6 +22,7 @@ INSTALL_REQUIRES = [
     "opencv-python-headless>=4.9",
     "optax>=0.2.5",
     "orbax-checkpoint>=0.11.20",
+    "pillow>=10.0",
     "tensorboard>=2.16",
     # clu.metric_writers imports TensorFlow; the model code never does.
     "tensorflow-cpu>=2.16; platform_machine == 'x86_64' and sys_platform != 'darwin'",

@@ -20,22 +20,23 @@ def get_config(arg: str = "") -> ConfigDict:
     config.task = {
         "name": "tokenizer",
         "model": {
-            "channels": 32,
-            "multipliers": (1, 2, 2, 4),
+            "channels": 16,
+            "multipliers": (1, 1, 2, 4),
             # At full resolution a residual block would cost more than all the rest together.
             "num_res_blocks": (0, 1, 1, 1),
             "norm_groups": 8,
             "dtype": "float32",  # CPUs emulate bfloat16
         },
     }
-    config.data = {"path": "out/records", "sizes": ((64, 64),), "num_frames": 17, "fps": 8.0}
-    config.num_steps = 400
+    config.data = {"path": "out/records", "sizes": ((64, 64),), "num_frames": 9, "fps": 8.0}
+    config.num_steps = 300
     config.batch_size = 4
-    config.optimizer = {"learning_rate": 1e-3, "warmup_steps": 20, "ema_decay": 0.98}
+    config.optimizer = {"learning_rate": 2e-3, "warmup_steps": 20, "ema_decay": 0.98}
     config.log_every = 20
     config.eval_every = 100
-    config.preview_every = 200
-    config.checkpoint_every = 200
+    config.eval_batches = 8
+    config.preview_every = 300
+    config.checkpoint_every = 300
     config.update(variants(arg, {"": {}, "debug": _DEBUG}, __file__))
     return config
 

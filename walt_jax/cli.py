@@ -25,13 +25,17 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
-def config_parser(description: str, *, config: bool = True) -> argparse.ArgumentParser:
-    """A parser with `--workdir`, `--config path[:arg]` (if `config`) and overrides; see `parse`.
+def config_parser(
+    description: str, *, config: bool = True, overrides: bool = True
+) -> argparse.ArgumentParser:
+    """A parser with `--workdir` and, if asked for, `--config path[:arg]` and overrides.
 
-    A command without `--config` reads the config that the workdir was started with.
+    A command without `--config` reads the config that the workdir was started with. See `parse`.
     """
+    if overrides:
+        description += "\n\nAny key of the config is overridden by --config.key=value."
     parser = argparse.ArgumentParser(
-        description=description + "\n\nAny key of the config is overridden by --config.key=value.",
+        description=description,
         allow_abbrev=False,
         formatter_class=argparse.RawTextHelpFormatter,
     )

@@ -86,7 +86,7 @@ def variants(arg: str, known: Mapping[str, T], path: str) -> T:
 def _literal(text: str) -> Any:
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError):  # TypeError: {{1}}
         return {"true": True, "false": False, "none": None}.get(text.lower(), text)
 
 
@@ -112,7 +112,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "config") -> T:
     hints = typing.get_type_hints(cls)
     for key in values:
         if key not in fields:
-            raise UserError(f"Nothing reads {where}.{key}{_nearest(key, fields)}.")
+            raise UserError(f"Nothing reads {where}.{key}{_nearest(key, fields)}")
     kwargs = {k: _coerce(v, hints[k], f"{where}.{k}") for k, v in values.items()}
     for name, field in fields.items():
         required = (
@@ -125,7 +125,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "config") -> T:
 
 def _nearest(key: str, known: Mapping[str, Any]) -> str:
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
-    return f"; did you mean {close[0]!r}?" if close else f" (known: {', '.join(known)})"
+    return f"; did you mean {close[0]!r}?" if close else f" (known: {', '.join(known)})."
 
 
 def _coerce(value: Any, hint: Any, where: str) -> Any:
@@ -154,8 +154,10 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
         return float(value)
     if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)  # a literal such as --config.name=2024
-    if isinstance(hint, type) and isinstance(value, hint) and isinstance(value, bool) == (
-        hint is bool
+    if (
+        isinstance(hint, type)
+        and isinstance(value, hint)
+        and isinstance(value, bool) == (hint is bool)
     ):
         return value
     shown = getattr(hint, "__name__", None) if origin is None else str(hint).replace("typing.", "")

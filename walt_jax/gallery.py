@@ -2,6 +2,7 @@
 
 import dataclasses
 import html
+import urllib.parse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,8 +38,8 @@ def write_gallery(path: str | Path, title: str, sections: Sequence[Section]) -> 
     """Writes one HTML page without scripts; its files stay where they are."""
     body = "\n".join(_section(s) for s in sections)
     Path(path).write_text(
-        f"<!doctype html>\n<html lang='en'><meta charset='utf-8'><title>{html.escape(title)}</title>"
-        f"\n<style>{_STYLE}</style>\n<h1>{html.escape(title)}</h1>\n{body}\n</html>\n",
+        f"<!doctype html>\n<html lang='en'><meta charset='utf-8'>\n"
+        f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n<h1>{html.escape(title)}</h1>\n{body}\n</html>\n",
         encoding="utf-8",
     )
 
@@ -60,7 +61,7 @@ def _section(section: Section) -> str:
 
 
 def _figure(file: str, caption: str) -> str:
-    source = html.escape(file, quote=True)
+    source = html.escape(urllib.parse.quote(file), quote=True)
     if file.endswith(".mp4"):
         media = f"<video src='{source}' autoplay loop muted playsinline></video>"
     else:

@@ -14,7 +14,9 @@ from walt_jax.sampling import Generator
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads the command line, samples, and writes mp4 files, a frame grid and a gallery."""
-    parser = cli.config_parser("Samples videos from a trained denoiser.", config=False)
+    parser = cli.config_parser(
+        "Samples videos from a trained denoiser.", config=False, overrides=False
+    )
     parser.add_argument("--labels", default="", help="classes, names or numbers, by commas")
     parser.add_argument("--num", type=int, default=16, help="videos, the labels taking turns")
     parser.add_argument("--guidance", type=float, default=1.0, help="1 is none (default)")
@@ -44,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"step {generator.step}, {args.steps} DDIM steps, guidance {args.guidance:g}, "
         f"seed {args.seed}"
     )
-    write_samples(Path(args.out), videos, [generator.name(i) for i in labels], generator.fps, settings)
+    write_samples(
+        Path(args.out), videos, [generator.name(i) for i in labels], generator.fps, settings
+    )
     print(f"{args.num} videos in {args.out}; look at {args.out}/index.html")
 
 

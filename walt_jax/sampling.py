@@ -8,12 +8,12 @@ from pathlib import Path
 import jax
 import numpy as np
 from etils import epath
-from tqdm import tqdm
 
 from walt_jax import config as config_lib
 from walt_jax.errors import UserError
 from walt_jax.parallel import Layout, MeshConfig, make_mesh, state_shardings
 from walt_jax.parallel.sharding import batch_sharding, place, replicated
+from walt_jax.progress import bar as progress_bar
 from walt_jax.tasks import DenoiserTask, Task, to_uint8
 from walt_jax.training.checkpoints import Checkpoints
 from walt_jax.training.loop import DATASET
@@ -116,14 +116,16 @@ class Generator:
             )
 
             @jax.jit
-            def run(params: dict, tokenizer: object, label: jax.Array, rows: jax.Array) -> jax.Array:
+            def run(
+                params: dict, tokenizer: object, label: jax.Array, rows: jax.Array
+            ) -> jax.Array:
                 keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(rows)
                 return self.task.sample(
                     params, tokenizer, label, keys, num_steps, guidance, Layout(mesh)
                 )
 
             videos = []
-            bar = tqdm(total=total, desc="sample", unit="video", disable=not progress)
+            bar = progress_bar(total=total, what="sample", unit="video", disable=not progress)
             for start in range(0, total, batch_size):
                 rows = np.arange(start, start + batch_size)
                 label = labels[np.minimum(rows, total - 1)]  # the last batch is filled up

@@ -1,6 +1,5 @@
 """Cached latents: a prepared dataset sent through a tokenizer once."""
 
-import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,11 +7,11 @@ from typing import Any
 import jax
 import numpy as np
 import tensorflow_datasets as tfds
-from tqdm import tqdm
 
 from walt_jax.data.pipeline import DataConfig, Pipeline
 from walt_jax.data.records import Dataset, exact, open_dataset, write_dataset
 from walt_jax.models.tokenizer.frozen import FrozenTokenizer
+from walt_jax.progress import bar
 from walt_jax.tasks import to_unit
 
 LATENT_FEATURES = tfds.features.FeaturesDict(
@@ -61,10 +60,9 @@ def encode_dataset(
     encode = jax.jit(lambda video: tokenizer.encode(to_unit(video)).astype(np.float16))
     total = epochs * pipeline.batches_per_epoch
     batches = pipeline.batches()
-    bar = functools.partial(tqdm, desc="encode", unit="batch", disable=not progress)
 
     def examples() -> Iterator[dict[str, Any]]:
-        for k in bar(range(total)):
+        for k in bar(range(total), what="encode", unit="batch", disable=not progress):
             batch, (_, records) = next(batches), pipeline.plan(k)
             latents = np.asarray(encode(batch["video"]))
             # A bucket's last batch is filled up with clips that it has already.

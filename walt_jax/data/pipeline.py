@@ -122,8 +122,9 @@ def clip_frames(times: np.ndarray, num_frames: int, fps: float, position: float)
         return np.arange(start, start + num_frames)
     offsets = np.arange(num_frames) / fps
     wanted = position * max(0.0, times[-1] - offsets[-1]) + offsets
-    after = np.clip(np.searchsorted(times, wanted), 1, len(times) - 1)
-    return np.where(wanted - times[after - 1] <= times[after] - wanted, after - 1, after)
+    after = np.minimum(np.searchsorted(times, wanted), len(times) - 1)
+    before = np.maximum(after - 1, 0)
+    return np.where(wanted - times[before] <= times[after] - wanted, before, after)
 
 
 class Pipeline:
@@ -148,18 +149,19 @@ class Pipeline:
         self._latents = dataset.metadata.get("kind") == "latents"
         index = dataset.index
         fits = np.ones(len(dataset), bool) if self._latents else _long_enough(index, config)
-        chosen = fits & _split(index["source"], config.eval_fraction, split)
+        # Of those that fit alone, as the latents made of them are.
+        chosen = np.flatnonzero(fits)
+        chosen = chosen[_split(index["source"][chosen], config.eval_fraction, split)]
         self.left_out = int(np.sum(~fits))
-        if not chosen.any():
+        if not chosen.size:
             raise UserError(
                 f"{dataset.directory} has no video for the {split} split "
                 f"({self.left_out} of {len(dataset)} are shorter than {config.num_frames} frames "
                 f"at {config.fps or 'their own'} fps): lower config.data.num_frames, raise "
                 "config.data.fps, or add videos."
             )
-        records = np.flatnonzero(chosen)
-        assigned = self._assign(index, records)
-        self.plan = _Subset(buckets.BatchPlan(assigned, batch_size, seed, shuffle=shuffle), records)
+        assigned = self._assign(index, chosen)
+        self.plan = _Subset(buckets.BatchPlan(assigned, batch_size, seed, shuffle=shuffle), chosen)
         self._used = np.unique(assigned, return_counts=True)
 
     @property
@@ -182,7 +184,9 @@ class Pipeline:
         }
         if self._latents:
             dtype = np.dtype(self.dataset.metadata["dtype"])
-            shapes = [("latents", (b, *map(int, self._latent_shapes[i])), dtype) for i in self._used[0]]
+            shapes = [
+                ("latents", (b, *map(int, self._latent_shapes[i])), dtype) for i in self._used[0]
+            ]
         else:
             shapes = [("video", (b, n, *self.config.sizes[i], 3), np.uint8) for i in self._used[0]]
         return [{name: jax.ShapeDtypeStruct(s, d), **common} for name, s, d in shapes]
@@ -197,12 +201,13 @@ class Pipeline:
         options = grain.ReadOptions(
             num_threads=self.config.num_threads, prefetch_buffer_size=max(local, 16)
         )
-        batched = clips.to_iter_dataset(options).batch(local)
+        clips = clips.to_iter_dataset(options)
         if self.config.num_workers:
-            batched = batched.mp_prefetch(
+            # Before batching: worker i decodes clips i, i + num_workers, ...
+            clips = clips.mp_prefetch(
                 grain.MultiprocessingOptions(num_workers=self.config.num_workers)
             )
-        return iter(batched)
+        return iter(clips.batch(local))
 
     def _bucket_counts(self) -> dict[str, int]:
         sizes = self._latent_shapes if self._latents else self.config.sizes
@@ -237,7 +242,8 @@ def _long_enough(index: dict[str, np.ndarray], config: DataConfig) -> np.ndarray
     if not config.fps:
         return index["num_frames"] >= config.num_frames
     # Half a frame short still has a nearest frame for every time.
-    return index["duration"] + 0.5 / config.fps >= (config.num_frames - 1) / config.fps
+    last = (index["num_frames"] - 1) / index["fps"]
+    return last + 0.5 / config.fps >= (config.num_frames - 1) / config.fps
 
 
 def _split(sources: np.ndarray, fraction: float, split: str) -> np.ndarray:

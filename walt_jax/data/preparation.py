@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tqdm
 
 from walt_jax.data import video
 from walt_jax.data.records import VIDEO_FEATURES, DatasetWriter
 from walt_jax.data.sources import Source, find_sources
 from walt_jax.errors import UserError
+from walt_jax.progress import bar as progress_bar
 
 MAX_SECONDS = 20.0  # a record is read whole, for 17 of its frames too
 _SOURCES_PER_SHARD, _MAX_SHARDS = 8, 1024
@@ -101,7 +101,7 @@ def prepare_dataset(
             )
         )
         bar = stack.enter_context(
-            tqdm.tqdm(total=len(sources), desc="prepare", unit="video", disable=not progress)
+            progress_bar(total=len(sources), what="prepare", unit="video", disable=not progress)
         )
 
         def write_shard(shard: int) -> tuple[int, int, list[dict[str, Any]]]:

@@ -28,11 +28,11 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import tqdm
 
 from walt_jax import cli
 from walt_jax.errors import UserError
 from walt_jax.media import write_mp4
+from walt_jax.progress import bar
 
 _CORNERS = np.linspace(0, 2 * np.pi, 64, endpoint=False)
 # Outlines for a diameter of 1, as vertices (K, 2) around the centre of gravity.
@@ -358,7 +358,7 @@ def write_sprites(
     if any(directory.iterdir()):  # files of another seed would mix with these
         raise UserError(f"sprites: {directory} is not empty; name a new folder, or delete it.")
     rows, truths = [], []
-    for index in tqdm.trange(num, desc="sprites", unit="video"):
+    for index in bar(range(num), what="sprites", unit="video"):
         video = sprite_video(config, seed, index)
         path = f"{video.label_name.replace(' ', '_')}_{index:05d}.mp4"
         write_mp4(directory / path, video.frames, video.fps, crf=crf)

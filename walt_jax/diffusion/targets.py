@@ -12,9 +12,9 @@ from walt_jax.diffusion.schedules import Schedule
 
 def _levels(schedule: Schedule, t: jax.Array, like: jax.Array) -> tuple[jax.Array, jax.Array]:
     shape = t.shape + (1,) * (like.ndim - t.ndim)
-    return jnp.asarray(schedule.signal)[t].reshape(shape), jnp.asarray(schedule.noise)[
-        t
-    ].reshape(shape)
+    return jnp.asarray(schedule.signal)[t].reshape(shape), jnp.asarray(schedule.noise)[t].reshape(
+        shape
+    )
 
 
 def add_noise(schedule: Schedule, x0: jax.Array, eps: jax.Array, t: jax.Array) -> jax.Array:

@@ -56,9 +56,7 @@ def window_attention(
     block = resolve_window(grid, window)
     q_NLHK, k_NLHK, v_NLHK = (_to_windows(x, block, num_heads) for x in (q, k, v))
     scale = (d // num_heads) ** -0.5
-    logits_NHLM = jnp.einsum(
-        "NLHK,NMHK->NHLM", q_NLHK, k_NLHK, preferred_element_type=jnp.float32
-    )
+    logits_NHLM = jnp.einsum("NLHK,NMHK->NHLM", q_NLHK, k_NLHK, preferred_element_type=jnp.float32)
     logits_NHLM = logits_NHLM * scale
     if bias is not None:
         logits_NHLM = logits_NHLM + bias.astype(jnp.float32)

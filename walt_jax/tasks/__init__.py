@@ -7,8 +7,8 @@ from walt_jax.tasks.tokenizer import TokenizerTask, psnr
 __all__ = [
     "Batch",
     "DenoiserTask",
-    "NoiseConfig",
     "Metrics",
+    "NoiseConfig",
     "Task",
     "TokenizerTask",
     "psnr",

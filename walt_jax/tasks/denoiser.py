@@ -72,13 +72,12 @@ class DenoiserTask(Task, name="denoiser"):
                 f"config.task.model.latent_channels={self.model.latent_channels}, but the "
                 f"tokenizer in {self.tokenizer} has {tokenizer.config.latent_channels}."
             )
-        labels = dataset.index["label"]
-        if self.model.num_classes and not 0 <= labels.min() <= labels.max() < self.model.num_classes:
+        labels, classes = dataset.index["label"], self.model.num_classes
+        if classes and not 0 <= labels.min() <= labels.max() < classes:
             raise UserError(
                 f"{dataset.directory} has labels {labels.min()} to {labels.max()}, but "
-                f"config.task.model.num_classes={self.model.num_classes} takes 0 to "
-                f"{self.model.num_classes - 1}: prepare it with --label-from-folder or "
-                "--label-from-name, or set num_classes to 0."
+                f"config.task.model.num_classes={classes} takes 0 to {classes - 1}: prepare it "
+                "with --label-from-folder or --label-from-name, or change num_classes."
             )
         return tokenizer
 
@@ -110,7 +109,7 @@ class DenoiserTask(Task, name="denoiser"):
         key: jax.Array,
         layout: Layout,
     ) -> Metrics:
-        """The loss at times spread evenly over the clips: the same noise and times at every call."""
+        """The loss at times spread evenly over the clips; every call draws the same noise."""
         rows = batch["label"].shape[0]
         t = (np.arange(rows) + 0.5) * self.schedule.num_timesteps / rows
         t = jnp.asarray(t.astype(np.int32))

@@ -42,7 +42,9 @@ class Progress:
 class Checkpoints:
     """Saves and restores states (dataclasses); a context manager that waits for the last save."""
 
-    def __init__(self, workdir: str | epath.Path, *, keep: int = 2, read_only: bool = False) -> None:
+    def __init__(
+        self, workdir: str | epath.Path, *, keep: int = 2, read_only: bool = False
+    ) -> None:
         self.directory = epath.Path(workdir) / FOLDER
         if read_only and not self.directory.exists():
             raise UserError(f"{workdir} has no checkpoint: train it first, or wait for one.")

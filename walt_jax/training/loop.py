@@ -112,7 +112,9 @@ class _Run:
         total = sum(x.size for x in jax.tree.leaves(self.abstract.params))
         logger.debug("shardings:\n%s", "\n".join(lines))
         self.say(f"{total:,} parameters on {dict(self.mesh.shape)}")
-        create = jax.jit(lambda seed: self.create(jax.random.key(seed)), out_shardings=self.shardings)
+        create = jax.jit(
+            lambda seed: self.create(jax.random.key(seed)), out_shardings=self.shardings
+        )
         return create(self.key), Progress()
 
     def compile_steps(self) -> dict[Shape, Any]:
@@ -215,8 +217,10 @@ class _Run:
 
     def preview(self, state: TrainState, step: int, writer: Any) -> None:
         """Writes videos of the moving average to TensorBoard."""
-        data = self._held_out() if self.eval_data is not None else on_devices(
-            self.data, self.batch_sharding, self.experiment.batch_size
+        data = (
+            self._held_out()
+            if self.eval_data is not None
+            else on_devices(self.data, self.batch_sharding, self.experiment.batch_size)
         )
         videos = jax.device_get(self._preview(state, self.frozen, next(data)))
         if writer is not None:

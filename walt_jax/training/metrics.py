@@ -77,7 +77,7 @@ class _JsonLines(metric_writers.LoggingWriter):
 
 
 def make_writer(workdir: str | Path) -> metric_writers.MetricWriter:
-    """Writes scalars and uint8 videos (N, T, H, W, 3) to TensorBoard, scalars also to JSON lines."""
+    """Writes scalars to TensorBoard and JSON lines, uint8 (N, T, H, W, 3) to TensorBoard."""
     folder = epath.Path(workdir)
     return metric_writers.MultiWriter(
         [_TensorBoard(str(folder / "tensorboard")), _JsonLines(folder / METRICS)]

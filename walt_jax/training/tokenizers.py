@@ -33,9 +33,7 @@ def load_tokenizer(workdir: str | Path, step: int | None = None) -> FrozenTokeni
     with Checkpoints(workdir, read_only=True) as checkpoints:
         parts = checkpoints.restore_part(("ema", "extra"), step)
     extra = parts["extra"]
-    return FrozenTokenizer.create(
-        model, parts["ema"], extra["latent_mean"], extra["latent_square"]
-    )
+    return FrozenTokenizer.create(model, parts["ema"], extra["latent_mean"], extra["latent_square"])
 
 
 def adopt(source: str, workdir: str | Path) -> FrozenTokenizer:

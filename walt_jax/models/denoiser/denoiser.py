@@ -167,7 +167,7 @@ class Denoiser(nnx.Module):
         condition = self.time(t)
         if label is not None:
             condition = condition + self.class_embedding[...][label]
-        tokens_t, tokens_h, tokens_w = config.tokens
+        _, tokens_h, tokens_w = config.tokens
         x = self.patch_in(_patchify(z, config.patch_size))
         places = self.spatial_embedding[...].reshape(1, tokens_h, tokens_w, -1)
         x = x + (places + self.temporal_embedding[...][:, None, None, :]).astype(x.dtype)

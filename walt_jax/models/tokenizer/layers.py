@@ -39,42 +39,55 @@ class CausalConv(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.kernel[...].astype(self.dtype)
         kt, kh, kw, c, features = kernel.shape
-        st, sh, sw = self.strides
+        time_stride, stride, _ = self.strides
         space = [((k - 1) // 2, k // 2) for k in (kh, kw)]
         x = jnp.pad(x.astype(self.dtype), ((0, 0), (kt - 1, 0), *space, (0, 0)), mode="edge")
-        frames = (x.shape[1] - kt) // st + 1
-        taps = [x[:, i : i + st * (frames - 1) + 1 : st] for i in range(kt)]
+        frames = (x.shape[1] - kt) // time_stride + 1
+        taps = [x[:, i : i + time_stride * (frames - 1) + 1 : time_stride] for i in range(kt)]
         x = jnp.concatenate(taps, axis=-1)
         b, t, h, w, _ = x.shape
         y = _convolve(
             x.reshape(b * t, h, w, kt * c),
             kernel.transpose(1, 2, 0, 3, 4).reshape(kh, kw, kt * c, features),
-            (sh, sw),
+            stride,
         )
         y = y.reshape(b, t, *y.shape[1:])
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
-def _convolve(x: jax.Array, kernel: jax.Array, strides: tuple[int, int]) -> jax.Array:
-    """A 2-D convolution without padding: (N, H, W, C), (kh, kw, C, F) -> (N, H', W', F)."""
+def _convolve(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    """A 2-D convolution without padding: (N, H, W, C), (kh, kw, C, F) -> (N, H', W', F).
 
-    def plain(x: jax.Array, kernel: jax.Array, before: tuple[int, int] = (0, 0)) -> jax.Array:
-        return jax.lax.conv_general_dilated(
-            x,
-            kernel,
-            strides,
-            [(before[0], 0), (before[1], 0)],
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
+    Where the stride divides the kernel, pixels are first folded into channels: the same sums, by a
+    dense convolution of stride 1 with a kernel of a `stride`-th of the size.
+    """
+    if stride > 1:
+        x, kernel = _fold_stride(x, kernel, stride)
+
+    def plain(x: jax.Array, kernel: jax.Array, before: int = 0) -> jax.Array:
+        padding = [(before, 0), (before, 0)]
+        names = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=names)
 
     def on_cpu(x: jax.Array, kernel: jax.Array) -> jax.Array:
         # XLA's CPU convolutions are 3 to 5 times slower without padding than with it, so one row
         # and one column too many are computed and dropped.
-        return plain(x, kernel, before=strides)[:, 1:, 1:]
+        return plain(x, kernel, before=1)[:, 1:, 1:]
 
     if kernel.shape[:2] == (1, 1):
         return plain(x, kernel)
     return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=plain)
+
+
+def _fold_stride(x: jax.Array, kernel: jax.Array, s: int) -> tuple[jax.Array, jax.Array]:
+    (n, h, w, c), (kh, kw, _, features) = x.shape, kernel.shape
+    h, w = ((size - k) // s * s + k for size, k in ((h, kh), (w, kw)))  # what the taps reach
+    x = x[:, :h, :w].reshape(n, h // s, s, w // s, s, c).transpose(0, 1, 3, 2, 4, 5)
+    kernel = kernel.reshape(kh // s, s, kw // s, s, c, features).transpose(0, 2, 1, 3, 4, 5)
+    return (
+        x.reshape(n, h // s, w // s, s * s * c),
+        kernel.reshape(kh // s, kw // s, s * s * c, features),
+    )
 
 
 def normalise_groups(x: jax.Array, groups: int, eps: float = 1e-6) -> jax.Array:

@@ -1,0 +1,22 @@
+"""Eight CPU devices for every test, and a small dataset of sprite videos."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import pytest
+
+from walt_jax.data.preparation import prepare_dataset
+from walt_jax.data.sprites import SpriteConfig, write_sprites
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+
+@pytest.fixture(scope="session")
+def sprite_records(tmp_path_factory):
+    """A prepared dataset of 24 sprite videos with a short side of 32 pixels."""
+    folder = tmp_path_factory.mktemp("sprites")
+    manifest = write_sprites(folder / "videos", 24, SpriteConfig(short_side=32))
+    prepare_dataset(manifest, folder / "records")
+    return folder / "records"

@@ -1,0 +1,115 @@
+"""The whole way at the smallest size: what `make demo` runs, and the commands after it."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from walt_jax import config as config_lib
+from walt_jax import demo, encode, sample
+from walt_jax.data.records import open_dataset
+from walt_jax.errors import UserError
+from walt_jax.sampling import Generator
+from walt_jax.training.experiment import Experiment
+from walt_jax.training.loop import train
+
+SCALE = demo.Scale(variant="debug", num_sprites=48, epochs=1, num_samples=4, num_steps=2)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A demo's folder and summary."""
+    out = tmp_path_factory.mktemp("demo")
+    return out, demo.run(out, None, SCALE)
+
+
+def test_the_demo_writes_what_it_promises(finished):
+    out, summary = finished
+    assert json.loads((out / "summary.json").read_text()) == summary
+    assert {
+        "tokenizer_psnr_db",
+        "denoiser_loss_first",
+        "denoiser_loss_last",
+        "samples",
+        "colour_right",
+        "shape_right",
+        "direction_right",
+        "colour_chance",
+        "shape_chance",
+        "direction_chance",
+        "seconds",
+    } <= summary.keys()
+    assert summary["samples"] == 4 and np.isfinite(summary["tokenizer_psnr_db"])
+    page = (out / "index.html").read_text()
+    for file in (out / "media").iterdir():
+        assert f"media/{file.name}" in page and file.stat().st_size > 0
+
+
+def test_the_denoisers_workdir_stands_alone(finished, tmp_path, monkeypatch):
+    """Sampling needs neither the tokenizer's run nor the data."""
+    out, _ = finished
+    alone = tmp_path / "moved"
+    (out / "denoiser").rename(alone)
+    try:
+        sample.main(["--workdir", str(alone), "--labels", "red circle left,3", "--num", "3",
+                     "--guidance", "2", "--steps", "2", "--out", str(tmp_path / "s")])  # fmt: skip
+    finally:
+        alone.rename(out / "denoiser")
+    files = {f.name for f in (tmp_path / "s").iterdir()}
+    assert files == {"0000.mp4", "0001.mp4", "0002.mp4", "grid.png", "index.html"}
+    assert "red circle left" in (tmp_path / "s" / "index.html").read_text()
+
+
+def test_a_sample_depends_on_its_seed_and_label_only(finished):
+    generator = Generator.load(finished[0] / "denoiser")
+    labels = np.arange(10, dtype=np.int32)
+    whole = generator.sample(labels, num_steps=2, batch_size=16, progress=False)
+    parts = generator.sample(labels, num_steps=2, batch_size=8, progress=False)
+    assert whole.shape == (10, 5, 32, 32, 3) and whole.dtype == np.uint8
+    assert np.abs(whole.astype(int) - parts).max() <= 1
+    other = generator.sample(labels, num_steps=2, seed=1, progress=False)
+    assert np.abs(whole.astype(int) - other).max() > 1
+
+
+def test_an_unknown_class_is_one_sentence(finished):
+    generator = Generator.load(finished[0] / "denoiser")
+    with pytest.raises(UserError, match="No class 'purple cow'"):
+        generator.labels(["purple cow"])
+
+
+def test_encoding_again_is_refused_and_a_foreign_tokenizer_too(finished, tmp_path):
+    out, _ = finished
+    with pytest.raises(UserError, match="holds a dataset"):
+        encode.main(["--workdir", str(out / "tokenizer"), "--output", str(out / "latents")])
+    values = config_lib.load("configs/sprites_tokenizer.py:debug")
+    values["data"]["path"] = str(out / "records")
+    values["seed"] = 1
+    train(config_lib.build(Experiment, values | {"num_steps": 1}), tmp_path / "other", quiet=True)
+    values = config_lib.load("configs/sprites_walt.py:debug")
+    values["task"]["tokenizer"] = str(tmp_path / "other")
+    values["data"]["path"] = str(out / "latents")
+    with pytest.raises(UserError, match="encode the videos again"):
+        train(config_lib.build(Experiment, values), tmp_path / "walt", quiet=True)
+
+
+def test_the_denoiser_trains_on_videos_too(finished, tmp_path):
+    """Without cached latents, clips are encoded in the step."""
+    out, _ = finished
+    values = config_lib.load("configs/sprites_walt.py:debug")
+    values["task"]["tokenizer"] = str(out / "tokenizer")
+    values["data"]["path"] = str(out / "records")
+    values |= {"num_steps": 2, "preview_every": 0}
+    scores = train(config_lib.build(Experiment, values), tmp_path / "walt", quiet=True)
+    assert 0.1 < scores["eval/loss"] < 10
+
+
+def test_latents_carry_the_tokenizer(finished):
+    latents = open_dataset(finished[0] / "latents")
+    records = open_dataset(finished[0] / "records")
+    assert set(latents.index["source"]) <= set(records.index["source"])
+    record = latents.read(0)
+    assert record["tokenizer_hash"] == latents.metadata["tokenizer_hash"]
+    assert record["latents"].shape == (2, 4, 4, 8) and record["latents"].dtype == np.float16
+    assert latents.label_names == records.label_names
+    assert len(jax.devices()) == 8  # all of the above ran on a mesh

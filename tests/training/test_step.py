@@ -1,0 +1,169 @@
+"""One update: the same on any mesh, and able to learn."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from walt_jax.models import DenoiserConfig, TokenizerConfig
+from walt_jax.models.tokenizer.frozen import FrozenTokenizer
+from walt_jax.parallel import Layout, MeshConfig, make_mesh, state_shardings
+from walt_jax.parallel.sharding import batch_sharding, place
+from walt_jax.tasks import DenoiserTask, TokenizerTask
+from walt_jax.training.optimizers import OptimizerConfig, make_optimizer, make_schedule
+from walt_jax.training.state import TrainState, train_step
+
+TOKENIZER = TokenizerTask(
+    model=TokenizerConfig(
+        channels=8, multipliers=(1, 1, 2, 2), num_res_blocks=1, norm_groups=4, dtype="float32"
+    )
+)
+DENOISER = DenoiserTask(
+    tokenizer="",
+    model=DenoiserConfig(
+        grid=(3, 4, 4),
+        width=32,
+        num_heads=4,
+        num_layers=2,
+        windows=((1, 0, 0), (0, 2, 2)),
+        num_classes=5,
+        dtype="float32",
+    ),
+)
+VIDEO = {"video": np.random.default_rng(0).integers(0, 256, (8, 5, 16, 16, 3), np.uint8)}
+LATENTS = {"latents": np.random.default_rng(0).normal(size=(8, 3, 4, 4, 8)).astype(np.float16)}
+REST = {"label": np.arange(8, dtype=np.int32) % 5, "fps": np.full((8,), 8, np.float32)}
+
+
+def updates(task, batch, mesh_config, num_devices, steps, rate=1e-3, fixed_noise=False):
+    """Losses and the final state, on the host."""
+    mesh = make_mesh(mesh_config, jax.devices()[:num_devices])
+    config = OptimizerConfig(learning_rate=rate, warmup_steps=1, ema_decay=0.9)
+    optimizer = make_optimizer(config, 10_000)
+    create = functools.partial(TrainState.create, task, optimizer)
+    shardings = state_shardings(jax.eval_shape(create, jax.random.key(0)), mesh)
+    step = functools.partial(
+        train_step,
+        task=task,
+        optimizer=optimizer,
+        schedule=make_schedule(config, 10_000),
+        ema_decay=config.ema_decay,
+        layout=Layout(mesh),
+    )
+    with jax.set_mesh(mesh):
+        state = jax.jit(create, out_shardings=shardings)(jax.random.key(0))
+        batch = place(batch, jax.tree.map(lambda _: batch_sharding(mesh), batch))
+        jitted = jax.jit(step, out_shardings=(shardings, None), donate_argnums=0)
+        losses = []
+        for _ in range(steps):
+            if fixed_noise:
+                state = dataclasses.replace(state, step=jnp.zeros_like(state.step))
+            state, metrics = jitted(state, {}, batch, jax.random.key(7))
+            losses.append(float(metrics["loss"]))
+    return losses, jax.device_get(state)
+
+
+@functools.cache
+def reference(name):
+    """The same on one device; computed once."""
+    task, batch = CASES[name]
+    return updates(task, batch, MeshConfig(data=1), 1, 2)
+
+
+CASES = {"tokenizer": (TOKENIZER, VIDEO | REST), "denoiser": (DENOISER, LATENTS | REST)}
+MESHES = [
+    MeshConfig(data=8),
+    MeshConfig(data=1, fsdp=8),
+    MeshConfig(data=2, fsdp=2, tensor=2),
+    MeshConfig(data=2, tensor=2, context=2),
+]
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_eight_devices_equal_one(name, mesh):
+    task, batch = CASES[name]
+    losses, state = updates(task, batch, mesh, 8, 2)
+    expected_losses, expected = reference(name)
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
+    for part in ("extra", "params", "ema"):
+        ours, theirs = getattr(state, part), getattr(expected, part)
+        # Adam's first updates are +-rate wherever the gradient's sign is noise.
+        tolerance = 1e-5 if part == "extra" else 2.5e-3
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=tolerance), ours, theirs)  # noqa: B023
+        total = sum(float(np.abs(a - b).sum()) for a, b in _pairs(ours, theirs))
+        size = sum(a.size for a, _ in _pairs(ours, theirs))
+        assert total / size < 2e-5
+
+
+def _pairs(a, b):
+    return list(zip(jax.tree.leaves(a), jax.tree.leaves(b)))
+
+
+def test_fsdp_and_tensor_really_shard():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    optimizer = make_optimizer(OptimizerConfig(), 10)
+    shapes = jax.eval_shape(
+        functools.partial(TrainState.create, DENOISER, optimizer), jax.random.key(0)
+    )
+    shardings = state_shardings(shapes, mesh)
+    spec = shardings.params["groups"]["layers"][0]["attention"]["qkv"]["kernel"].spec
+    assert tuple(spec) == (None, "fsdp", "tensor")
+    moments = [
+        s.spec
+        for path, s in jax.tree_util.tree_leaves_with_path(shardings.opt_state)
+        if "qkv" in jax.tree_util.keystr(path) and "kernel" in jax.tree_util.keystr(path)
+    ]
+    assert len(moments) == 4 and all("tensor" in s for s in moments)  # mu and nu, two layers
+
+
+def test_the_tokenizer_learns_one_batch():
+    y, x = np.mgrid[0:16, 0:16]
+    ramp = np.stack([x * 16, y * 16, 255 - x * 16], -1).astype(np.uint8)
+    batch = {"video": np.broadcast_to(ramp, (8, 5, 16, 16, 3)).copy()} | REST
+    losses, state = updates(TOKENIZER, batch, MeshConfig(data=8), 8, 120, rate=1e-2)
+    assert losses[-1] < 0.02 * losses[0]
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(state))
+
+
+def test_the_denoiser_learns_one_batch():
+    losses, _ = updates(
+        DENOISER, LATENTS | REST, MeshConfig(data=8), 8, 150, rate=1e-2, fixed_noise=True
+    )
+    assert losses[-1] < 0.25 * losses[0]
+
+
+def test_what_a_row_draws_depends_on_no_other_row():
+    """The loss of a batch is the mean of its halves' where rows keep their place."""
+    network = DENOISER.network
+    params = network.init(jax.random.key(0))
+    batch = {k: jnp.asarray(v) for k, v in (LATENTS | REST).items()}
+
+    def errors(batch):
+        loss = DENOISER.loss(
+            params, {}, {}, batch, jax.random.key(3), jnp.zeros((), jnp.int32), Layout()
+        )
+        return float(loss[0])
+
+    first = {k: v[:4] for k, v in batch.items()}
+    changed = {k: jnp.concatenate([v[:4], v[:4]]) for k, v in batch.items()}
+    assert errors(first) == pytest.approx(errors(first))
+    assert errors(changed) != pytest.approx(errors(batch))
+
+
+def test_the_frozen_tokenizer_normalises_and_names_itself():
+    params = jax.device_get(TOKENIZER.network.init(jax.random.key(0)))
+    x = jax.random.uniform(jax.random.key(1), (4, 5, 16, 16, 3), minval=-1.0)
+    z = TOKENIZER.network.bind(params).encode(x)
+    moments = np.asarray(z.mean((0, 1, 2, 3))), np.asarray((z * z).mean((0, 1, 2, 3)))
+    frozen = FrozenTokenizer.create(TOKENIZER.model, params, *moments)
+    normal = np.asarray(frozen.encode(x))
+    np.testing.assert_allclose(normal.mean((0, 1, 2, 3)), 0, atol=1e-3)
+    np.testing.assert_allclose(normal.std((0, 1, 2, 3)), 1, atol=1e-3)
+    decoded = np.clip(np.asarray(TOKENIZER.network.bind(params).decode(z)), -1, 1)
+    np.testing.assert_allclose(frozen.decode(normal), decoded, atol=1e-4)
+    other = FrozenTokenizer.create(TOKENIZER.model, params, moments[0] + 1e-3, moments[1])
+    assert frozen.hash != other.hash and len(frozen.hash) == 16
