@@ -38,6 +38,7 @@ class Outer:
     sizes: tuple[tuple[int, int], ...] = ((8, 8),)
     limit: float | None = 1.0
     kind: Literal["linear", "cosine"] = "linear"
+    window: int | tuple[int, int] = 8
     inner: Inner = Inner()
 
 
@@ -139,6 +140,8 @@ def test_file_that_is_no_config(tmp_path, text):
         ("limit=none", None),
         ("limit=2", 2.0),
         ("kind=cosine", "cosine"),
+        ("window=4", 4),
+        ("window=(4, 8)", (4, 8)),
     ],
 )
 def test_override(override, expected):
@@ -177,6 +180,7 @@ def test_later_overrides_win():
         ("sizes=(8,8)", ("config.sizes[0]", "8")),
         ("sizes=((8,8),(8,'x'))", ("config.sizes[1][1]", "int", "'x'")),
         ("limit=high", ("config.limit", "float", "'high'")),
+        ("window=None", ("config.window", "int", "None")),
         ("kind=cubic", ("config.kind", "linear", "cosine", "'cubic'")),
         ("inner=3", ("config.inner", "group of keys", "3")),
         ("steps", ("'steps'", "no value", "--config.key=value")),

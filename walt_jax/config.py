@@ -176,8 +176,12 @@ def to_dict(config: Any) -> Any:
     return config
 
 
-def claim_workdir(workdir: str | Path, config: Any, *, replace: bool = False) -> None:
+def claim_workdir(
+    workdir: str | Path, config: Any, *, replace: bool = False, write: bool = True
+) -> None:
     """Writes the resolved config to `workdir/config.json`, or checks that it is the one there.
+
+    With several processes every one checks and one writes.
 
     Raises:
       UserError: the workdir holds another config; the sentence lists every difference.
@@ -192,6 +196,8 @@ def claim_workdir(workdir: str | Path, config: Any, *, replace: bool = False) ->
                 f"{path} was started with another config ({lines}): choose another --workdir, or "
                 "add --replace_config to go on with the new one."
             )
+    if not write:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(ours, indent=2) + "\n")

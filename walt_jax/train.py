@@ -1,6 +1,5 @@
 """`python -m walt_jax.train --config configs/NAME.py[:variant] --workdir DIR`: trains a model."""
 
-import logging
 from collections.abc import Sequence
 
 from walt_jax import cli
@@ -18,11 +17,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         action="store_true",
         help="go on in a workdir that was started with another config",
     )
-    parser.add_argument("--verbose", action="store_true", help="log every parameter's sharding")
     distributed.add_flags(parser)
     args, overrides = cli.parse(parser, argv)
-    if args.verbose:
-        logging.getLogger("walt_jax").setLevel(logging.DEBUG)
     distributed.start(args)
     experiment = config_lib.build(Experiment, config_lib.load(args.config, overrides))
     train(experiment, args.workdir, replace_config=args.replace_config)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import grain.python as grain
 import jax
 import numpy as np
+from absl import flags
 from jax.sharding import NamedSharding
 
 from walt_jax.data import buckets
@@ -153,6 +154,12 @@ class Pipeline:
         chosen = np.flatnonzero(fits)
         chosen = chosen[_split(index["source"][chosen], config.eval_fraction, split)]
         self.left_out = int(np.sum(~fits))
+        if not chosen.size and fits.any():
+            raise UserError(
+                f"{dataset.directory} has no video for the {split} split ({fits.sum()} clips are "
+                f"long enough): change config.data.eval_fraction ({config.eval_fraction:g}), or "
+                "add videos."
+            )
         if not chosen.size:
             raise UserError(
                 f"{dataset.directory} has no video for the {split} split "
@@ -203,6 +210,7 @@ class Pipeline:
         )
         clips = clips.to_iter_dataset(options)
         if self.config.num_workers:
+            flags.FLAGS.mark_as_parsed()  # grain reads absl's flags, which argparse left alone
             # Before batching: worker i decodes clips i, i + num_workers, ...
             clips = clips.mp_prefetch(
                 grain.MultiprocessingOptions(num_workers=self.config.num_workers)

@@ -382,7 +382,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the data set")
     parser.add_argument("--short-side", type=int, default=SpriteConfig.short_side, help="px, even")
     parser.add_argument("--central", action=argparse.BooleanOptionalAction, default=True)
-    for name in ("scenes", "aspects", "fps", "seconds", "sizes", "exclude"):
+    for name in ("backgrounds", "scenes", "aspects", "fps", "seconds", "sizes", "exclude"):
         value = getattr(SpriteConfig, name)
         kind, nargs = type((*value, "")[0]), 2 if name in ("seconds", "sizes") else "*"
         about = f"as SpriteConfig.{name}"

@@ -84,7 +84,9 @@ class Task(abc.ABC):
 
 
 def to_unit(pixels: jax.Array) -> jax.Array:
-    """uint8 pixels to float32 in [-1, 1]."""
+    """uint8 pixels to float32 in [-1, 1]; anything else is a mistake of the caller."""
+    if pixels.dtype != np.uint8:
+        raise TypeError(f"pixels come as uint8 in 0..255, got {pixels.dtype}.")
     return pixels.astype(np.float32) / 127.5 - 1.0
 
 

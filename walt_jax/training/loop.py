@@ -31,6 +31,7 @@ from walt_jax.training.state import TrainState, train_step
 logger = logging.getLogger(__name__)
 PyTree = Any
 DATASET = "dataset.json"
+SHARDINGS = "shardings.txt"
 Shape = tuple[tuple[str, tuple[int, ...]], ...]
 
 
@@ -54,10 +55,11 @@ def train(
     Raises:
       UserError: bad input, or a loss that is not finite (the sentence names the step).
     """
-    config_lib.claim_workdir(workdir, experiment, replace=replace_config)
+    first = jax.process_index() == 0
+    config_lib.claim_workdir(workdir, experiment, replace=replace_config, write=first)
     mesh = make_mesh(experiment.mesh)
     with jax.set_mesh(mesh):
-        run = _Run(experiment, workdir, mesh, quiet=quiet or jax.process_index() != 0)
+        run = _Run(experiment, workdir, mesh, quiet=quiet or not first)
         with Checkpoints(workdir, keep=experiment.keep_checkpoints) as checkpoints:
             return run.steps(checkpoints)
 
@@ -81,8 +83,6 @@ class _Run:
         make = functools.partial(
             Pipeline, dataset, experiment.data, batch_size=experiment.batch_size
         )
-        if jax.process_index() == 0:
-            _write_about(workdir, dataset, experiment.data.fps)
         self.data = make(seed=experiment.seed, split="train")
         held_out = experiment.data.eval_fraction > 0
         self.eval_data = make(seed=0, split="eval", shuffle=False) if held_out else None
@@ -97,6 +97,10 @@ class _Run:
         self.abstract = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.shardings
         )
+        if jax.process_index() == 0:
+            _write_about(epath.Path(workdir), dataset, experiment.data.fps)
+            lines = describe(self.shardings.params, shapes.params)
+            (epath.Path(workdir) / SHARDINGS).write_text("\n".join(lines) + "\n")
 
     def say(self, text: str) -> None:
         """A line for the user, on the first process."""
@@ -108,10 +112,9 @@ class _Run:
         if checkpoints.latest is not None:
             self.say(f"goes on from step {checkpoints.latest}")
             return checkpoints.restore(self.abstract)
-        lines = describe(self.shardings.params, self.abstract.params)
         total = sum(x.size for x in jax.tree.leaves(self.abstract.params))
-        logger.debug("shardings:\n%s", "\n".join(lines))
-        self.say(f"{total:,} parameters on {dict(self.mesh.shape)}")
+        shape = " x ".join(f"{axis} {n}" for axis, n in self.mesh.shape.items())
+        self.say(f"{total:,} parameters on {shape} (how they lie: {self.workdir}/{SHARDINGS})")
         create = jax.jit(
             lambda seed: self.create(jax.random.key(seed)), out_shardings=self.shardings
         )
@@ -294,6 +297,7 @@ class _Log:
         devices = jax.device_count()
         rates = {
             "steps/s": (now.next_batch - before.next_batch) / seconds,
+            "clips/s": (now.clips - before.clips) / seconds,
             "clips/s/chip": (now.clips - before.clips) / seconds / devices,
         }
         if peak := metrics_lib.peak_flops(jax.devices()[0].device_kind):
@@ -301,14 +305,14 @@ class _Log:
         return rates
 
 
-def _write_about(workdir: str | Path, dataset: Dataset, fps: float) -> None:
+def _write_about(workdir: epath.Path, dataset: Dataset, fps: float) -> None:
     """What sampling needs to know of the data, so that a workdir stands alone."""
     about = {
         "label_names": dataset.label_names,
         "fps": fps or float(np.median(dataset.index["fps"])),
         "fingerprint": dataset.fingerprint,
     }
-    (epath.Path(workdir) / DATASET).write_text(json.dumps(about, indent=2) + "\n")
+    (workdir / DATASET).write_text(json.dumps(about, indent=2) + "\n")
 
 
 def _flops(executable: Any) -> float:

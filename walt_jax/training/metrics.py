@@ -104,6 +104,7 @@ class ProgressLine:
         """Shows `what step/total (share)`, rates, values, and the time left."""
         if not self._enabled:
             return
+        rates = {k: v for k, v in rates.items() if k != "clips/s/chip"}  # in the files
         done = step - self._start
         elapsed = time.monotonic() - self._began
         left = (self._total - step) * elapsed / max(done, 1)
