@@ -1,4 +1,4 @@
-"""A small tokenizer for 17 frames of 64x64, for the built-in sprite videos or any small folder.
+"""A small tokenizer for videos of 64x64, for the built-in sprite videos or any small folder.
 
     python -m walt_jax.data.sprites --output out/sprites --num 512
     python -m walt_jax.prepare --input out/sprites/manifest.jsonl --output out/records
@@ -20,23 +20,23 @@ def get_config(arg: str = "") -> ConfigDict:
     config.task = {
         "name": "tokenizer",
         "model": {
-            "channels": 16,
-            "multipliers": (1, 1, 2, 4),
-            # At full resolution a residual block would cost more than all the rest together.
-            "num_res_blocks": (0, 1, 1, 1),
-            "norm_groups": 8,
+            "channels": 8,
+            "multipliers": (1, 2, 4, 8),
+            # At full resolution a residual block would cost more than all the others.
+            "num_res_blocks": (0, 1, 2, 2),
+            "norm_groups": 4,
             "dtype": "float32",  # CPUs emulate bfloat16
         },
     }
-    config.data = {"path": "out/records", "sizes": ((64, 64),), "num_frames": 9, "fps": 8.0}
-    config.num_steps = 300
+    config.data = {"path": "out/records", "sizes": ((64, 64),), "num_frames": 5, "fps": 8.0}
+    config.num_steps = 700
     config.batch_size = 4
-    config.optimizer = {"learning_rate": 2e-3, "warmup_steps": 20, "ema_decay": 0.98}
-    config.log_every = 20
-    config.eval_every = 100
+    config.optimizer = {"learning_rate": 4e-3, "warmup_steps": 20, "ema_decay": 0.99}
+    config.log_every = 50
+    config.eval_every = 350
     config.eval_batches = 8
-    config.preview_every = 300
-    config.checkpoint_every = 300
+    config.preview_every = 700
+    config.checkpoint_every = 350
     config.update(variants(arg, {"": {}, "debug": _DEBUG}, __file__))
     return config
 

@@ -42,6 +42,16 @@ logger = logging.getLogger("walt_jax.demo")
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 FOLDERS = ("videos", "records", "tokenizer", "latents", "denoiser", "media")
 SIZE = 64
+# Few and large enough to be learned in minutes: 24 classes, sprites of three latent cells or more.
+SPRITES = SpriteConfig(
+    shapes=("square", "triangle"),
+    colours=("red", "green", "blue"),
+    backgrounds=("black", "gray", "white"),
+    sizes=(0.36, 0.44),
+    seconds=(2.2, 2.5),
+    short_side=SIZE,
+)
+_ROWS = 12  # of the overview picture
 _RATES = (8.0, 10.0, 12.0, 15.0, 20.0, 24.0, 30.0)
 
 
@@ -51,10 +61,10 @@ class Scale:
 
     Attributes:
       variant: of the two configs, `debug` for a trial run in seconds.
-      num_sprites: sprite videos written; a multiple of the 48 classes keeps them balanced.
+      num_sprites: sprite videos written; a multiple of the 24 classes keeps them balanced.
       epochs: clips cut from each video when latents are cached.
       num_samples: sprite videos sampled and read back.
-      num_steps: DDIM steps.
+      num_steps: DDIM steps; guidance: scale of classifier-free guidance.
     """
 
     variant: str = ""
@@ -62,6 +72,7 @@ class Scale:
     epochs: int = 2
     num_samples: int = 96
     num_steps: int = 30
+    guidance: float = 2.0
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -107,7 +118,7 @@ def run(out: Path, videos: Path | None, scale: Scale = Scale()) -> dict[str, Any
     logger.info("5/5 sample")
     generator = Generator.load(out / "denoiser")
     labels = np.resize(np.arange(classes, dtype=np.int32), scale.num_samples)
-    samples = generator.sample(labels, num_steps=scale.num_steps)
+    samples = generator.sample(labels, num_steps=scale.num_steps, guidance=scale.guidance)
     names = [generator.name(i) for i in labels]
     losses = read_metrics(out / "denoiser", "eval/loss")[1]
     pairs = {split: _reconstruct(dataset, experiment, tokenizer, split) for split in _SPLITS}
@@ -132,7 +143,7 @@ _SPLITS = {"eval": "held out", "train": "trained on"}
 
 def _prepare(out: Path, videos: Path | None, scale: Scale) -> Dataset:
     if videos is None:
-        source = write_sprites(out / "videos", scale.num_sprites, SpriteConfig(short_side=SIZE))
+        source = write_sprites(out / "videos", scale.num_sprites, SPRITES)
         prepare_dataset(source, out / "records", progress=True)
     else:
         # Classes are the folders' names where there are several folders, else the files' names.
@@ -186,16 +197,15 @@ def _psnr(video: np.ndarray, reconstruction: np.ndarray) -> float:
 
 
 def _judge(samples: np.ndarray, names: Sequence[str], fps: float) -> dict[str, float]:
-    """Shares of samples whose colour, shape and direction read back as asked for."""
-    config = SpriteConfig()
+    """Shares of samples whose nearest colour, shape and direction are those asked for."""
+    options = {k: getattr(SPRITES, k) for k in ("shapes", "colours", "directions")}
     asked = [name.split() for name in names]
-    read = [read_back(video, fps) for video in samples]
+    read = [read_back(video, fps, **options, forced=True) for video in samples]
     found = [(r.colour, r.shape, r.direction) for r in read]
-    chances = map(len, (config.colours, config.shapes, config.directions))
     out = {}
-    for i, (what, options) in enumerate(zip(("colour", "shape", "direction"), chances)):
+    for i, what in enumerate(("colour", "shape", "direction")):
         out[f"{what}_right"] = float(np.mean([a[i] == f[i] for a, f in zip(asked, found)]))
-        out[f"{what}_chance"] = 1.0 / options
+        out[f"{what}_chance"] = 1.0 / len(options[f"{what}s"])
     return out
 
 
@@ -209,10 +219,18 @@ def _publish(
 ) -> None:
     media = out / "media"
     media.mkdir(exist_ok=True)
+    write_png(media / "overview.png", _overview(*pairs["eval"], samples))
     sections = [
         Section(
+            "Overview",
+            "Left: held-out videos, each above its reconstruction. Right: one sample a row, of "
+            + "; ".join(names[:_ROWS])
+            + ".",
+            [("media/overview.png", "")],
+        ),
+        Section(
             "Results", table=[("measure", "value"), *((k, f"{v:.4g}") for k, v in summary.items())]
-        )
+        ),
     ]
     for split, (video, reconstruction) in pairs.items():
         beside = np.concatenate([video, reconstruction], axis=3)
@@ -234,6 +252,15 @@ def _publish(
     _plot(out, media / "curves.png")
     sections.append(Section("Loss curves", items=[("media/curves.png", "")]))
     write_gallery(out / "index.html", "walt_jax demo", sections)
+
+
+def _overview(video: np.ndarray, reconstruction: np.ndarray, samples: np.ndarray) -> np.ndarray:
+    """Held-out videos above their reconstructions, and samples beside them: one picture."""
+    pairs = np.stack([video, reconstruction], 1).reshape(-1, *video.shape[1:])[:_ROWS]
+    left, right = frame_grid(pairs, columns=5), frame_grid(samples[:_ROWS], columns=5)
+    rows = min(len(left), len(right))
+    gap = np.full((rows, 24, 3), 255, np.uint8)
+    return np.concatenate([left[:rows], gap, right[:rows]], axis=1)
 
 
 def _plot(out: Path, path: Path) -> None:

@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 
 Size = tuple[int, int]  # height, width
+_ORDER = 1  # sets these draws apart from those of the clips, which have their own tag
 
 
 def assign(heights: np.ndarray, widths: np.ndarray, sizes: Sequence[Size]) -> np.ndarray:
@@ -69,7 +70,7 @@ class BatchPlan:
             return self._members, self._slots
         cached = self._epoch  # one read: several threads ask for batches
         if cached is None or cached[0] != epoch:
-            rng = np.random.default_rng((self._seed, epoch))
+            rng = np.random.default_rng((self._seed, _ORDER, epoch))
             members = [rng.permutation(m) for m in self._members]
             self._epoch = cached = epoch, members, rng.permutation(self._slots)
         return cached[1:]

@@ -23,6 +23,7 @@ from walt_jax.errors import UserError
 from walt_jax.parallel.sharding import local_rows
 
 HostBatch = dict[str, np.ndarray]
+_CLIP = 2  # tag of the random draws of a clip
 _ENDLESS = 2**40  # grain wants a length; training stops long before
 
 
@@ -49,6 +50,20 @@ class DataConfig:
     num_workers: int = 0
     num_threads: int = 8
 
+    def __post_init__(self) -> None:
+        least = {"num_frames": 1, "fps": 0, "num_workers": 0, "num_threads": 1}
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise UserError(
+                    f"config.data.{name} must be at least {value}, got {getattr(self, name)}."
+                )
+        if not 0 <= self.eval_fraction < 1:
+            raise UserError(
+                f"config.data.eval_fraction must lie in [0, 1), got {self.eval_fraction}."
+            )
+        if not self.sizes or any(side < 1 for size in self.sizes for side in size):
+            raise UserError(f"config.data.sizes must name (height, width) pairs, got {self.sizes}.")
+
 
 @dataclasses.dataclass(frozen=True)
 class _Row:
@@ -70,7 +85,7 @@ class _Rows:
         first, stop = self._rows
         k, row = divmod(i, stop - first)
         bucket, records = self._plan(k)
-        return _Row(int(records[first + row]), bucket, (self._seed, k, first + row))
+        return _Row(int(records[first + row]), bucket, (self._seed, _CLIP, k, first + row))
 
 
 class _CutClip:

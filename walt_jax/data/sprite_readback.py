@@ -92,6 +92,7 @@ def read_back(
     shapes: tuple[str, ...] = ("square", "circle", "triangle"),
     colours: tuple[str, ...] = ("red", "green", "blue", "yellow"),
     directions: tuple[str, ...] = ("left", "right", "up", "down"),
+    forced: bool = False,
 ) -> ReadBack:
     """Finds the one moving object of a video.
 
@@ -99,6 +100,8 @@ def read_back(
       frames: uint8 (T, H, W, 3), sRGB; T >= 1, H and W >= 8.
       fps: frames a second; with the default 1, speeds are in px a frame.
       shapes, colours, directions: the names to tell apart, from the tables in `sprites`.
+      forced: name the nearest shape, colour and direction of an object that is found, however
+        unclear they are. Blind guesses are then right by chance, one in the number of names.
 
     Raises:
       ValueError: frames of another type or shape.
@@ -135,13 +138,13 @@ def read_back(
         clear[t] = inside[t] and not cut and areas[t] >= _CLEAR * usual
 
     telling = clear if clear.sum() > 1 else found
-    shape = _name_shape(likeness, centres, areas, telling, shapes)
+    shape = _name_shape(likeness, centres, areas, telling, shapes, forced)
     velocity = _slope(centres, telling)
     travel = velocity * (count - 1)
     return ReadBack(
         shape=shape,
-        colour=_name_colour(colour_rgb, colours) if found.any() else None,
-        direction=_name_direction(travel, _MIN_TRAVEL * side, directions),
+        colour=_name_colour(colour_rgb, colours, forced) if found.any() else None,
+        direction=_name_direction(travel, _MIN_TRAVEL * side, directions, forced),
         found=found,
         clear=clear,
         inside=inside,
@@ -236,6 +239,7 @@ def _name_shape(
     areas: np.ndarray,
     use: np.ndarray,
     names: tuple[str, ...],
+    forced: bool,
 ) -> str | None:
     """The shape that the frames marked in `use` show on average."""
     if not use.any():
@@ -253,16 +257,17 @@ def _name_shape(
     ]
     order = np.argsort(matches)[::-1]
     lead = matches[order[0]] - (matches[order[1]] if len(order) > 1 else 0)
-    return names[order[0]] if matches[order[0]] >= _MIN_MATCH and lead >= _MIN_LEAD else None
+    clear = matches[order[0]] >= _MIN_MATCH and lead >= _MIN_LEAD
+    return names[order[0]] if forced or clear else None
 
 
-def _name_colour(rgb: np.ndarray, names: tuple[str, ...]) -> str | None:
+def _name_colour(rgb: np.ndarray, names: tuple[str, ...], forced: bool) -> str | None:
     """The nearest colour in Lab, where lightness counts half: shading is no change of colour."""
     table = np.array([rgb, *(COLOURS[name] for name in names)], np.float32)[None] / 255
     lab = cv2.cvtColor(table, cv2.COLOR_RGB2LAB)[0] * [0.5, 1, 1]
     distances = np.linalg.norm(lab[1:] - lab[0], axis=1)
     nearest = int(np.argmin(distances))
-    return names[nearest] if distances[nearest] < _MAX_COLOUR else None
+    return names[nearest] if forced or distances[nearest] < _MAX_COLOUR else None
 
 
 def _slope(centres: np.ndarray, use: np.ndarray) -> np.ndarray:
@@ -275,11 +280,15 @@ def _slope(centres: np.ndarray, use: np.ndarray) -> np.ndarray:
     return np.median((centres[times[second]] - centres[times[first]]) / gaps[:, None], axis=0)
 
 
-def _name_direction(move: np.ndarray, least: float, names: tuple[str, ...]) -> str | None:
+def _name_direction(
+    move: np.ndarray, least: float, names: tuple[str, ...], forced: bool = False
+) -> str | None:
     """The direction of a displacement (2,) in px; None if it is under `least`, or is slanted."""
     along = {name: float(move @ DIRECTIONS[name]) for name in names}
     best = max(along, key=along.get)
     across = np.abs(move * (1 - np.abs(DIRECTIONS[best]))).sum()
+    if forced and np.isfinite(along[best]):
+        return best
     # A NaN fails both comparisons.
     return best if along[best] >= least and along[best] >= _STRAIGHT * across else None
 

@@ -47,3 +47,5 @@ class Experiment:
         for name in ("num_steps", "batch_size", "log_every", "eval_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"config.{name} must be at least 1, got {getattr(self, name)}.")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"config.seed must lie in [0, 2**32), got {self.seed}.")

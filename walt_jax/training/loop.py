@@ -80,12 +80,13 @@ class _Run:
                 f"{shards} devices of the data and fsdp axes."
             )
         dataset = open_dataset(experiment.data.path)
-        make = functools.partial(
-            Pipeline, dataset, experiment.data, batch_size=experiment.batch_size
-        )
-        self.data = make(seed=experiment.seed, split="train")
-        held_out = experiment.data.eval_fraction > 0
-        self.eval_data = make(seed=0, split="eval", shuffle=False) if held_out else None
+        make = functools.partial(Pipeline, dataset, batch_size=experiment.batch_size)
+        self.data = make(experiment.data, seed=experiment.seed, split="train")
+        self.eval_data = None
+        if experiment.data.eval_fraction:
+            # Threads: an evaluation is over before worker processes would have started.
+            few = dataclasses.replace(experiment.data, num_workers=0)
+            self.eval_data = make(few, seed=0, split="eval", shuffle=False)
         self.say(f"data: {self.data.describe()}")
         frozen = self.task.prepare(str(workdir), dataset)
         self.frozen = place(frozen, jax.tree.map(lambda _: replicated(mesh), frozen))

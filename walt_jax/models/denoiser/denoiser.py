@@ -115,7 +115,9 @@ class Denoiser(nnx.Module):
         self.temporal_embedding = nnx.Param(table(rngs.params(), (t, width)))
         self.time = TimeEmbedding(width, rngs)
         self.class_embedding = (
-            nnx.Param(table(rngs.params(), (config.num_classes + 1, width)))
+            # As large as the time embedding that it is added to, so that classes differ from the
+            # first step on.
+            nnx.Param(jax.random.normal(rngs.params(), (config.num_classes + 1, width)))
             if config.num_classes
             else None
         )
