@@ -1,6 +1,6 @@
 """A small tokenizer for videos of 64x64, for the built-in sprite videos or any small folder.
 
-    python -m walt_jax.data.sprites --output out/sprites --num 512
+    python -m walt_jax.data.sprites --output out/sprites --num 480
     python -m walt_jax.prepare --input out/sprites/manifest.jsonl --output out/records
     python -m walt_jax.train --config configs/sprites_tokenizer.py --workdir out/tokenizer \
         --config.data.path=out/records

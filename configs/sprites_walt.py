@@ -1,13 +1,14 @@
 """A small class-conditional W.A.L.T on the latents of `configs/sprites_tokenizer.py`.
 
-    python -m walt_jax.encode --workdir out/tokenizer --output out/latents --epochs 2
+    python -m walt_jax.encode --workdir out/tokenizer --output out/latents --epochs 2 \
+        --config.data.num_frames=17
     python -m walt_jax.train --config configs/sprites_walt.py --workdir out/walt \
         --config.task.tokenizer=out/tokenizer --config.data.path=out/latents
     python -m walt_jax.sample --workdir out/walt --num 16 --out out/samples
 
 `--config.data.path` may also be the prepared videos: clips are then encoded in every step.
 
-Hardware: 2 CPU cores, about 4 minutes. Expect most samples to have the right colour and shape.
+Hardware: 2 CPU cores, about 4 minutes. Expect most samples to have the right colour.
 Variants: `debug` takes a few steps of a tiny network in seconds.
 """
 
@@ -47,7 +48,13 @@ def get_config(arg: str = "") -> ConfigDict:
 
 _DEBUG = {
     "task": {
-        "model": {"grid": (2, 4, 4), "width": 16, "num_heads": 2, "num_layers": 2},
+        "model": {
+            "grid": (2, 4, 4),
+            "patch_size": (1, 1, 1),
+            "width": 16,
+            "num_heads": 2,
+            "num_layers": 2,
+        },
         "preview_steps": 2,
     },
     "data": {"sizes": ((32, 32),), "num_frames": 5},

@@ -190,6 +190,20 @@ def test_garbage_is_read_as_nothing():
     read_back(noise[0, :, :8, :8])
 
 
+def test_a_forced_choice_names_the_nearest():
+    """Truth stays right; what is too blurred to tell is named all the same, but not nothing."""
+    named_only_when_forced = 0
+    for video, clip in _truth(48):
+        assert all(_right(read_back(clip, 8.0, forced=True), video))
+        smeared = _blur(6.0)(clip)
+        free, forced = read_back(smeared, 8.0), read_back(smeared, 8.0, forced=True)
+        assert (forced.shape is not None) == forced.found.any()
+        named_only_when_forced += free.shape is None and forced.shape is not None
+    assert named_only_when_forced > 5
+    empty = read_back(np.full((4, 32, 32, 3), 90, np.uint8), forced=True)
+    assert (empty.shape, empty.colour, empty.direction) == (None, None, None)
+
+
 def test_wrong_input_is_named():
     with pytest.raises(ValueError, match="uint8"):
         read_back(np.zeros((17, 64, 64, 3), np.float32))
