@@ -28,15 +28,15 @@ def get_config(arg: str = "") -> ConfigDict:
             "dtype": "float32",  # CPUs emulate bfloat16
         },
     }
-    config.data = {"path": "out/records", "sizes": ((64, 64),), "num_frames": 5, "fps": 8.0}
-    config.num_steps = 700
+    config.data = {"path": "out/records", "sizes": ((64, 64),), "num_frames": 5, "fps": 4.0}
+    config.num_steps = 500
     config.batch_size = 4
     config.optimizer = {"learning_rate": 4e-3, "warmup_steps": 20, "ema_decay": 0.99}
     config.log_every = 50
-    config.eval_every = 350
+    config.eval_every = 250
     config.eval_batches = 8
-    config.preview_every = 700
-    config.checkpoint_every = 350
+    config.preview_every = 500
+    config.checkpoint_every = 250
     config.update(variants(arg, {"": {}, "debug": _DEBUG}, __file__))
     return config
 

@@ -1,7 +1,7 @@
 """A small class-conditional W.A.L.T on the latents of `configs/sprites_tokenizer.py`.
 
     python -m walt_jax.encode --workdir out/tokenizer --output out/latents --epochs 2 \
-        --config.data.num_frames=17
+        --config.data.num_frames=9
     python -m walt_jax.train --config configs/sprites_walt.py --workdir out/walt \
         --config.task.tokenizer=out/tokenizer --config.data.path=out/latents
     python -m walt_jax.sample --workdir out/walt --num 16 --out out/samples
@@ -24,7 +24,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "name": "denoiser",
         "tokenizer": "out/tokenizer",
         "model": {
-            "grid": (5, 8, 8),
+            "grid": (3, 8, 8),
             "patch_size": (1, 2, 2),  # the paper's is 1; at 2 a step costs a quarter
             "width": 128,
             "num_heads": 4,
@@ -34,14 +34,14 @@ def get_config(arg: str = "") -> ConfigDict:
             "dtype": "float32",  # CPUs emulate bfloat16
         },
     }
-    config.data = {"path": "out/latents", "sizes": ((64, 64),), "num_frames": 17, "fps": 8.0}
-    config.num_steps = 2200
+    config.data = {"path": "out/latents", "sizes": ((64, 64),), "num_frames": 9, "fps": 4.0}
+    config.num_steps = 3600
     config.batch_size = 16
     config.optimizer = {"learning_rate": 2e-3, "warmup_steps": 50, "ema_decay": 0.995}
     config.log_every = 100
-    config.eval_every = 1100
-    config.preview_every = 2200
-    config.checkpoint_every = 1100
+    config.eval_every = 1800
+    config.preview_every = 3600
+    config.checkpoint_every = 1800
     config.update(variants(arg, {"": {}, "debug": _DEBUG}, __file__))
     return config
 

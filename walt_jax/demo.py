@@ -41,18 +41,19 @@ from walt_jax.training.tokenizers import load_tokenizer
 logger = logging.getLogger("walt_jax.demo")
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 FOLDERS = ("videos", "records", "tokenizer", "latents", "denoiser", "media")
-SIZE = 64
-# Few and large enough to be learned in minutes: 24 classes, sprites of three latent cells or more.
+SIZE, FRAMES = 64, 9
+# Little enough to be learned in minutes on a CPU: 24 classes, large sprites that go all the way.
 SPRITES = SpriteConfig(
     shapes=("square", "triangle"),
     colours=("red", "green", "blue"),
-    backgrounds=("black", "gray", "white"),
-    sizes=(0.36, 0.44),
-    seconds=(2.2, 2.5),
+    backgrounds=("black",),
+    sizes=(0.4, 0.4),
+    seconds=(2.2, 2.3),
+    crossing=True,
     short_side=SIZE,
 )
 _ROWS = 12  # of the overview picture
-_RATES = (8.0, 10.0, 12.0, 15.0, 20.0, 24.0, 30.0)
+_RATES = (4.0, 5.0, 6.0, 8.0, 10.0, 12.0, 15.0, 20.0, 24.0, 30.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Scale:
     epochs: int = 2
     num_samples: int = 96
     num_steps: int = 30
-    guidance: float = 2.0
+    guidance: float = 3.0
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -104,7 +105,7 @@ def run(out: Path, videos: Path | None, scale: Scale = Scale()) -> dict[str, Any
     logger.info("3/5 encode the videos")
     encode_dataset(
         tokenizer,
-        dataclasses.replace(experiment.data, num_frames=17 if not scale.variant else 5),
+        dataclasses.replace(experiment.data, num_frames=5 if scale.variant == "debug" else FRAMES),
         out / "latents",
         epochs=scale.epochs if videos is None else 8 * scale.epochs,
     )
@@ -162,9 +163,9 @@ def _prepare(out: Path, videos: Path | None, scale: Scale) -> Dataset:
 
 
 def _rate(dataset: Dataset) -> float:
-    """The lowest rate at which 17 frames fit in every video, or the highest one."""
+    """The lowest rate at which a clip fits in every video, or the highest one."""
     shortest = dataset.index["duration"].min()
-    return next((r for r in _RATES if 16 / r <= shortest), _RATES[-1])
+    return next((r for r in _RATES if (FRAMES - 1) / r <= shortest), _RATES[-1])
 
 
 def _experiment(file: str, scale: Scale, changes: dict[str, Any]) -> Experiment:

@@ -77,6 +77,7 @@ class SpriteConfig:
       sizes: least and greatest diameter of the sprite, of the short side.
       central: the path lies in the central square of the frame, which a square crop would keep;
         otherwise it uses the whole frame.
+      crossing: the sprite goes the whole way that there is; otherwise a part of it.
       scenes: names from `SCENES`; repeat one to draw it more often.
       exclude: class names that are never drawn (held out of training); class ids stay the same.
     """
@@ -91,6 +92,7 @@ class SpriteConfig:
     fps: tuple[int, ...] = (8, 12, 16, 24, 30)
     sizes: tuple[float, float] = (0.28, 0.4)
     central: bool = True
+    crossing: bool = False
     scenes: tuple[str, ...] = ("plain",)
     exclude: tuple[str, ...] = ()
 
@@ -283,7 +285,8 @@ def sprite_video(
     else:
         fastest = room[axis] / times[-1]
         # Behind an occluder the sprite needs the whole way: in sight, hidden, in sight again.
-        slowest = fastest if scene == "occluder" else min(_MIN_SPEED * side, fastest)
+        whole = config.crossing or scene == "occluder"
+        slowest = fastest if whole else min(_MIN_SPEED * side, fastest)
         speed = rng.uniform(slowest, fastest)
         travel = step * speed * times[-1]
         start = np.maximum(-travel, 0) + rng.uniform(size=2) * np.maximum(room - abs(travel), 0)
@@ -382,6 +385,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the data set")
     parser.add_argument("--short-side", type=int, default=SpriteConfig.short_side, help="px, even")
     parser.add_argument("--central", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--crossing", action=argparse.BooleanOptionalAction, default=False)
     for name in ("backgrounds", "scenes", "aspects", "fps", "seconds", "sizes", "exclude"):
         value = getattr(SpriteConfig, name)
         kind, nargs = type((*value, "")[0]), 2 if name in ("seconds", "sizes") else "*"

@@ -29,7 +29,7 @@ class Progress:
       next_batch: index of the next batch; with the seed, the whole position in the data.
       clips: clips trained on.
       seconds: wall time in the loop; core_seconds: that times the number of devices.
-      flops: floating-point operations by the compiler's count, over all devices.
+      flops: model FLOPs over all devices; with `core_seconds` and the chip's peak, the MFU.
     """
 
     next_batch: int = 0

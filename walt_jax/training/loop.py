@@ -25,6 +25,7 @@ from walt_jax.tasks import to_uint8
 from walt_jax.training import metrics as metrics_lib
 from walt_jax.training.checkpoints import Checkpoints, Progress
 from walt_jax.training.experiment import Experiment
+from walt_jax.training.flops import forward_flops
 from walt_jax.training.optimizers import make_optimizer, make_schedule
 from walt_jax.training.state import TrainState, train_step
 
@@ -121,8 +122,20 @@ class _Run:
         )
         return create(self.key), Progress()
 
-    def compile_steps(self) -> dict[Shape, Any]:
-        """The training step of every bucket, compiled: shapes -> executable."""
+    def _step_flops(self, batch: PyTree) -> float:
+        """Model FLOPs of a step, forward and backward: three times the forward pass."""
+        state = self.abstract
+
+        def loss(state: TrainState, frozen: PyTree, batch: PyTree) -> PyTree:
+            key = jax.random.key(0)
+            return self.task.loss(
+                state.params, state.extra, frozen, batch, key, state.step, Layout()
+            )
+
+        return 3.0 * forward_flops(loss, state, self.frozen, batch)
+
+    def compile_steps(self) -> dict[Shape, tuple[Any, float]]:
+        """The training step of every bucket: shapes -> (executable, model FLOPs)."""
         step = functools.partial(
             train_step,
             task=self.task,
@@ -144,7 +157,7 @@ class _Run:
             }
             began = time.monotonic()
             lowered = jitted.lower(self.abstract, self.frozen, batch, self.key)
-            compiled[_shape(batch)] = lowered.compile()
+            compiled[_shape(batch)] = lowered.compile(), self._step_flops(batch)
             self.say(f"compiled {_shape(batch)[-1]} in {time.monotonic() - began:.0f} s")
         return compiled
 
@@ -152,6 +165,9 @@ class _Run:
         """All steps from the newest checkpoint to the last; the last evaluation's metrics."""
         experiment = self.experiment
         state, progress = self.initial(checkpoints)
+        if progress.next_batch >= experiment.num_steps:
+            self.say(f"all {experiment.num_steps} steps are done; config.num_steps adds more")
+            return self.evaluate(state, progress.next_batch, None)
         compiled = self.compile_steps()
         writer = metrics_lib.make_writer(self.workdir) if jax.process_index() == 0 else None
         log = _Log(self, progress, writer)
@@ -161,14 +177,14 @@ class _Run:
         with jax.transfer_guard("disallow"):
             for step in range(first, experiment.num_steps):
                 batch = next(batches)
-                executable = compiled.get(_shape(batch))
+                executable, flops = compiled.get(_shape(batch), (None, 0.0))
                 if executable is None:
                     raise UserError(
                         f"Batch {step} has the new shape {_shape(batch)}: every shape is compiled "
                         "before the first step, so this dataset changed under the run."
                     )
                 state, metrics = executable(state, self.frozen, batch, self.key)
-                log.add(step + 1, metrics, executable)
+                log.add(step + 1, metrics, flops)
                 done, last = step + 1, step + 1 == experiment.num_steps
                 if last or done % experiment.eval_every == 0:
                     log.flush()
@@ -246,7 +262,7 @@ class _Log:
             "step", experiment.num_steps, progress.next_batch, enabled=not run.quiet
         )
 
-    def add(self, step: int, metrics: dict[str, jax.Array], executable: Any) -> None:
+    def add(self, step: int, metrics: dict[str, jax.Array], flops: float) -> None:
         """Takes step's metrics, still being computed, and handles those of the step before."""
         pending, self._pending = self._pending, (step, metrics)
         self._read(pending)
@@ -257,7 +273,7 @@ class _Log:
         progress.clips += self._run.experiment.batch_size
         progress.seconds += seconds
         progress.core_seconds += seconds * jax.device_count()
-        progress.flops += _flops(executable) * jax.device_count()
+        progress.flops += flops
 
     def flush(self) -> None:
         """Waits for the newest step and handles its metrics."""
@@ -314,12 +330,6 @@ def _write_about(workdir: epath.Path, dataset: Dataset, fps: float) -> None:
         "fingerprint": dataset.fingerprint,
     }
     (workdir / DATASET).write_text(json.dumps(about, indent=2) + "\n")
-
-
-def _flops(executable: Any) -> float:
-    """The compiler's count for one device; 0 where it gives none."""
-    analysis = executable.cost_analysis() or {}
-    return max(0.0, float(analysis.get("flops", 0.0)))
 
 
 def _shape(batch: PyTree) -> Shape:
