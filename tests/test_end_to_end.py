@@ -1,10 +1,13 @@
 """The whole way at the smallest size: what `make demo` runs, and the commands after it."""
 
 import json
+import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing import event_accumulator
 
 from walt_jax import config as config_lib
 from walt_jax import demo, encode, sample
@@ -13,6 +16,7 @@ from walt_jax.errors import UserError
 from walt_jax.sampling import Generator
 from walt_jax.training.experiment import Experiment
 from walt_jax.training.loop import train
+from walt_jax.training.metrics import read_metrics
 
 SCALE = demo.Scale(variant="debug", num_sprites=48, epochs=1, num_samples=4, num_steps=2)
 
@@ -52,13 +56,13 @@ def test_the_denoisers_workdir_stands_alone(finished, tmp_path, monkeypatch):
     alone = tmp_path / "moved"
     (out / "denoiser").rename(alone)
     try:
-        sample.main(["--workdir", str(alone), "--labels", "red circle left,3", "--num", "3",
+        sample.main(["--workdir", str(alone), "--labels", "red square left,3", "--num", "3",
                      "--guidance", "2", "--steps", "2", "--out", str(tmp_path / "s")])  # fmt: skip
     finally:
         alone.rename(out / "denoiser")
     files = {f.name for f in (tmp_path / "s").iterdir()}
     assert files == {"0000.mp4", "0001.mp4", "0002.mp4", "grid.png", "index.html"}
-    assert "red circle left" in (tmp_path / "s" / "index.html").read_text()
+    assert "red square left" in (tmp_path / "s" / "index.html").read_text()
 
 
 def test_a_sample_depends_on_its_seed_and_label_only(finished):
@@ -102,6 +106,56 @@ def test_the_denoiser_trains_on_videos_too(finished, tmp_path):
     values |= {"num_steps": 2, "preview_every": 0}
     scores = train(config_lib.build(Experiment, values), tmp_path / "walt", quiet=True)
     assert 0.1 < scores["eval/loss"] < 10
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs").glob("*.py")), ids=lambda p: p.stem)
+def test_every_config_takes_a_debug_step(finished, tmp_path, path):
+    out, _ = finished
+    values = config_lib.load(f"{path}:debug")
+    values["data"]["path"] = str(out / "records")
+    if values["task"]["name"] == "denoiser":
+        values["task"]["tokenizer"] = str(out / "tokenizer")
+        values["data"]["path"] = str(out / "latents")
+    experiment = config_lib.build(Experiment, values | {"num_steps": 1, "preview_every": 1})
+    scores = train(experiment, tmp_path / "run", quiet=True)
+    assert scores and all(np.isfinite(v) for v in scores.values())
+    events = event_accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert "preview" in events.Tags()["images"]
+    (shown,) = events.Images("preview")
+    assert shown.encoded_image_string[:3] == b"GIF"
+    assert set(read_metrics(tmp_path / "run", "train/loss")[0]) == {1}
+
+
+def test_a_failed_start_leaves_the_workdir_free(finished, tmp_path):
+    """A mistyped path must not claim the workdir for the wrong config."""
+    out, _ = finished
+    values = config_lib.load("configs/sprites_tokenizer.py:debug")
+    values["data"]["path"] = str(tmp_path / "mistyped")
+    with pytest.raises(UserError, match="not a complete dataset"):
+        train(config_lib.build(Experiment, values), tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run" / "config.json").exists()
+    values["data"]["path"] = str(out / "latents")
+    with pytest.raises(UserError, match="holds latents"):
+        train(config_lib.build(Experiment, values), tmp_path / "run", quiet=True)
+
+
+def test_a_damaged_checkpoint_is_one_sentence(finished, tmp_path):
+    out, _ = finished
+    shutil.copytree(out / "denoiser", tmp_path / "run")
+    newest = max((tmp_path / "run" / "checkpoints").iterdir(), key=lambda p: int(p.name))
+    shutil.rmtree(newest / "state")
+    with pytest.raises(UserError, match=r"is damaged.*delete it"):
+        Generator.load(tmp_path / "run")
+
+
+def test_the_demo_keeps_what_is_not_its_own(tmp_path):
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "mine.mp4").write_bytes(b"mine")
+    for videos in (tmp_path / "videos", None):
+        with pytest.raises(UserError, match="give another --out"):
+            demo.run(tmp_path, videos, SCALE)
+    assert (tmp_path / "videos" / "mine.mp4").read_bytes() == b"mine"
 
 
 def test_latents_carry_the_tokenizer(finished):

@@ -28,6 +28,7 @@ from walt_jax.data.records import Dataset, open_dataset
 from walt_jax.data.sources import find_sources
 from walt_jax.data.sprite_readback import read_back
 from walt_jax.data.sprites import SpriteConfig, write_sprites
+from walt_jax.errors import UserError
 from walt_jax.gallery import Section, write_gallery
 from walt_jax.media import frame_grid, write_mp4, write_png
 from walt_jax.models.tokenizer.frozen import FrozenTokenizer
@@ -40,6 +41,7 @@ from walt_jax.training.tokenizers import load_tokenizer
 
 logger = logging.getLogger("walt_jax.demo")
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+MARKER = ".walt_jax_demo"
 FOLDERS = ("videos", "records", "tokenizer", "latents", "denoiser", "media")
 SIZE, FRAMES = 64, 9
 # Little enough to be learned in minutes on a CPU: 24 classes, large sprites that go all the way.
@@ -92,9 +94,16 @@ def run(out: Path, videos: Path | None, scale: Scale = Scale()) -> dict[str, Any
       UserError: the videos cannot be used.
     """
     began = time.monotonic()
+    if videos is not None:
+        find_sources(videos, label_from_name=True)  # a wrong path must not cost the last demo
+        if videos.resolve().is_relative_to(out.resolve()):
+            raise UserError(f"{videos} lies in {out}, which is emptied: give another --out.")
+    if out.exists() and any(out.iterdir()) and not (out / MARKER).exists():
+        raise UserError(f"{out} holds something else than a demo: give another --out.")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / MARKER).touch()
     for folder in FOLDERS:
         shutil.rmtree(out / folder, ignore_errors=True)
-    out.mkdir(parents=True, exist_ok=True)
     logger.info("1/5 videos to records")
     dataset = _prepare(out, videos, scale)
     logger.info("2/5 train the tokenizer")
@@ -164,7 +173,8 @@ def _prepare(out: Path, videos: Path | None, scale: Scale) -> Dataset:
 
 def _rate(dataset: Dataset) -> float:
     """The lowest rate at which a clip fits in every video, or the highest one."""
-    shortest = dataset.index["duration"].min()
+    index = dataset.index
+    shortest = (index["duration"] - 1 / index["fps"]).min()  # between the first and last frame
     return next((r for r in _RATES if (FRAMES - 1) / r <= shortest), _RATES[-1])
 
 

@@ -28,8 +28,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, overrides = cli.parse(parser, argv)
     if overrides:
         raise UserError("sample takes the config of its --workdir: leave --config.* out.")
-    if args.num < 1:
-        raise UserError(f"--num must be at least 1, got {args.num}.")
+    for name in ("num", "batch_size", "steps"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} must be at least 1, got {getattr(args, name)}.")
     generator = Generator.load(args.workdir, args.checkpoint)
     names = [n.strip() for n in args.labels.split(",") if n.strip()]
     classes = generator.task.model.num_classes

@@ -52,7 +52,10 @@ class Generator:
         with Checkpoints(workdir, read_only=True) as checkpoints:
             step = checkpoints.latest if step is None else step
             params = checkpoints.restore_part(("ema",), step)["ema"]
-        about = json.loads((epath.Path(workdir) / DATASET).read_text())
+        about_file = epath.Path(workdir) / DATASET
+        if not about_file.exists():
+            raise UserError(f"{about_file} is missing: copy the whole workdir of the training.")
+        about = json.loads(about_file.read_text())
         return cls(
             task,
             params,
@@ -69,11 +72,14 @@ class Generator:
           UserError: no such class; the sentence names some that there are.
         """
         classes = self.task.model.num_classes
-        known = {name: i for i, name in enumerate(self.label_names[:classes])}
-        known |= {str(i): i for i in range(classes)}
+        known = {str(i): i for i in range(classes)}
+        known |= {name: i for i, name in enumerate(self.label_names[:classes])}
         for name in names:
             if name not in known:
-                some = ", ".join(repr(n) for n in list(known)[:8]) or "none: it is unconditional"
+                some = (
+                    ", ".join(repr(n) for n in list(self.label_names[:8] or known)[:8])
+                    or "none: it is unconditional"
+                )
                 raise UserError(f"No class {name!r} in this model; it has {some} ...")
         return np.array([known[n] for n in names], np.int32)
 

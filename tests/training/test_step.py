@@ -99,6 +99,18 @@ def test_eight_devices_equal_one(name, mesh):
         assert total / size < 2e-5
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_bfloat16_follows_float32(name):
+    """What accelerators compute in, on a mesh of every kind of axis; the state stays float32."""
+    task, batch = CASES[name]
+    model = dataclasses.replace(task.model, dtype="bfloat16")
+    mesh = MeshConfig(data=2, fsdp=2, tensor=2)
+    losses, state = updates(dataclasses.replace(task, model=model), batch, mesh, 8, 2)
+    np.testing.assert_allclose(losses, reference(name)[0], rtol=0.02)
+    leaves = jax.tree.leaves((state.params, state.ema, state.opt_state, state.extra))
+    assert all(x.dtype in (np.float32, np.int32) and np.all(np.isfinite(x)) for x in leaves)
+
+
 def _pairs(a, b):
     return list(zip(jax.tree.leaves(a), jax.tree.leaves(b)))
 

@@ -10,6 +10,7 @@ import tensorflow_datasets as tfds
 
 from walt_jax.data.pipeline import DataConfig, Pipeline
 from walt_jax.data.records import Dataset, exact, open_dataset, write_dataset
+from walt_jax.errors import UserError
 from walt_jax.models.tokenizer.frozen import FrozenTokenizer
 from walt_jax.progress import bar
 from walt_jax.tasks import to_unit
@@ -56,6 +57,10 @@ def encode_dataset(
       UserError: the dataset or the output does not fit.
     """
     dataset = open_dataset(data.path)
+    if dataset.metadata.get("kind") == "latents":
+        raise UserError(f"{data.path} holds latents already: give prepared videos.")
+    if epochs < 1 or batch_size < 1:
+        raise UserError(f"epochs={epochs} and batch_size={batch_size} must be at least 1.")
     pipeline = Pipeline(dataset, data, batch_size=batch_size, seed=seed, split="all")
     encode = jax.jit(lambda video: tokenizer.encode(to_unit(video)).astype(np.float16))
     total = epochs * pipeline.batches_per_epoch

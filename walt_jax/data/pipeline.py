@@ -289,11 +289,15 @@ def on_devices(
     batches = pipeline.batches(start, rows)
 
     def put(batch: HostBatch) -> dict[str, jax.Array]:
-        return {
-            name: jax.make_array_from_process_local_data(sharding, x, (batch_size, *x.shape[1:]))
-            for name, x in batch.items()
-            if name != "caption"
-        }
+        # The one transfer that is wanted; with several processes JAX takes it for an implicit one.
+        with jax.transfer_guard_host_to_device("allow"):
+            return {
+                name: jax.make_array_from_process_local_data(
+                    sharding, x, (batch_size, *x.shape[1:])
+                )
+                for name, x in batch.items()
+                if name != "caption"
+            }
 
     queue = collections.deque(put(next(batches)) for _ in range(ahead))
     while True:

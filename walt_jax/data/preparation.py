@@ -60,7 +60,7 @@ def prepare_dataset(
 
     Args:
       source: folder, file, glob, manifest or tfds:NAME; see `walt_jax.data.sources`. So are the
-        three label options. Label ids follow the sorted names.
+        three label options. Label ids follow the sorted names, numbers by value.
       directory: where the dataset will be; see `DatasetWriter`.
       short_side: shrink to this many pixels on the shorter side; nothing is enlarged.
       max_seconds: a longer source becomes several records of equal length.
@@ -84,7 +84,7 @@ def prepare_dataset(
         label_from_name=label_from_name,
         label_regex=label_regex,
     )
-    names = sorted({s.label for s in sources if s.label is not None})
+    names = sorted({s.label for s in sources if s.label is not None}, key=_label_order)
     label_ids = {name: i for i, name in enumerate(names)} | {None: -1}
     shards = min(shards or math.ceil(len(sources) / _SOURCES_PER_SHARD), len(sources), _MAX_SHARDS)
     options = {"short_side": short_side, "max_seconds": max_seconds}
@@ -147,6 +147,11 @@ def prepare_dataset(
         text = json.dumps(dataclasses.asdict(report), indent=2)
         (writer.partial / "report.json").write_text(text + "\n")
     return report
+
+
+def _label_order(name: str) -> tuple[bool, int, str]:
+    """Numbers in the order of their value, before words."""
+    return (False, int(name), name) if name.isdecimal() else (True, 0, name)
 
 
 def _records(

@@ -77,7 +77,7 @@ class SpriteConfig:
       sizes: least and greatest diameter of the sprite, of the short side.
       central: the path lies in the central square of the frame, which a square crop would keep;
         otherwise it uses the whole frame.
-      crossing: the sprite goes the whole way that there is; otherwise a part of it.
+      crossing: the sprite goes all the way that there is, not a part of it.
       scenes: names from `SCENES`; repeat one to draw it more often.
       exclude: class names that are never drawn (held out of training); class ids stay the same.
     """

@@ -14,7 +14,7 @@ from walt_jax.models import Denoiser, DenoiserConfig, Network
 from walt_jax.models.tokenizer.frozen import FrozenTokenizer
 from walt_jax.parallel import Layout
 from walt_jax.tasks.base import Batch, Metrics, PyTree, Task, sample_keys, to_unit
-from walt_jax.training.tokenizers import adopt
+from walt_jax.training.tokenizers import find_tokenizer, keep_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ class DenoiserTask(Task, name="denoiser"):
         )
 
     def prepare(self, workdir: str, dataset: Dataset) -> FrozenTokenizer:
-        tokenizer = adopt(self.tokenizer, workdir)
+        tokenizer = find_tokenizer(self.tokenizer, workdir)
         cached = dataset.metadata.get("tokenizer_hash")
         if cached not in (None, tokenizer.hash):
             raise UserError(
@@ -79,6 +79,7 @@ class DenoiserTask(Task, name="denoiser"):
                 f"config.task.model.num_classes={classes} takes 0 to {classes - 1}: prepare it "
                 "with --label-from-folder or --label-from-name, or change num_classes."
             )
+        keep_tokenizer(tokenizer, workdir)
         return tokenizer
 
     def loss(

@@ -6,6 +6,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from walt_jax.data.records import Dataset
+from walt_jax.errors import UserError
 from walt_jax.models import Network, Tokenizer, TokenizerConfig
 from walt_jax.parallel import Layout
 from walt_jax.tasks.base import Batch, Metrics, PyTree, Task, to_unit
@@ -29,6 +31,13 @@ class TokenizerTask(Task, name="tokenizer"):
     @functools.cached_property
     def network(self) -> Network:
         return Network.of(lambda rngs: Tokenizer(self.model, rngs=rngs))
+
+    def prepare(self, workdir: str, dataset: Dataset) -> PyTree:
+        if dataset.metadata.get("kind") == "latents":
+            raise UserError(
+                f"{dataset.directory} holds latents: a tokenizer trains on prepared videos."
+            )
+        return {}
 
     def init_extra(self) -> PyTree:
         zeros = jnp.zeros((self.model.latent_channels,), jnp.float32)

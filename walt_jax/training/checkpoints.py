@@ -88,12 +88,8 @@ class Checkpoints:
         )
         try:
             restored = self._manager.restore(step, args=args)
-        except (ValueError, KeyError) as e:
-            where = self.directory / str(step)
-            raise UserError(
-                f"{where} does not fit this config's model ({str(e).splitlines()[0][:200]}): "
-                "restore it with the config it was trained with."
-            ) from e
+        except Exception as e:  # orbax and tensorstore each raise their own kinds
+            raise self._unreadable(step, e) from e
         return type(abstract)(**restored["state"]), Progress(**restored["progress"])
 
     def restore_part(self, names: tuple[str, ...], step: int | None = None) -> dict[str, PyTree]:
@@ -104,12 +100,22 @@ class Checkpoints:
         """
         step = self._step(step)
         path = self.directory.resolve() / str(step) / "state"
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            tree = checkpointer.metadata(path).item_metadata.tree
-            item = {n: jax.tree.map(lambda _: 0, tree[n]) for n in names}
-            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
-            args = ocp.args.PyTreeRestore(item, restore_args=as_numpy, partial_restore=True)
-            return checkpointer.restore(path, args=args)
+        try:
+            with ocp.PyTreeCheckpointer() as checkpointer:
+                tree = checkpointer.metadata(path).item_metadata.tree
+                item = {n: jax.tree.map(lambda _: 0, tree[n]) for n in names}
+                as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+                args = ocp.args.PyTreeRestore(item, restore_args=as_numpy, partial_restore=True)
+                return checkpointer.restore(path, args=args)
+        except Exception as e:  # orbax and tensorstore each raise their own kinds
+            raise self._unreadable(step, e) from e
+
+    def _unreadable(self, step: int, error: Exception) -> UserError:
+        first = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        return UserError(
+            f"{self.directory / str(step)} is damaged, or of another model than the config's "
+            f"({first}): delete it to go on from the one before, or give its own config."
+        )
 
     def _step(self, step: int | None) -> int:
         step = self.latest if step is None else step

@@ -44,8 +44,9 @@ class Experiment:
     keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("num_steps", "batch_size", "log_every", "eval_every", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"config.{name} must be at least 1, got {getattr(self, name)}.")
+        for field in dataclasses.fields(self):
+            value, least = getattr(self, field.name), 0 if field.name == "preview_every" else 1
+            if isinstance(value, int) and field.name != "seed" and value < least:
+                raise UserError(f"config.{field.name} must be at least {least}, got {value}.")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"config.seed must lie in [0, 2**32), got {self.seed}.")

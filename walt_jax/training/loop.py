@@ -46,7 +46,7 @@ def train(
     """Trains, or goes on with, the run in `workdir`; returns the last evaluation's metrics.
 
     The decisions, in their order:
-    1. The workdir is claimed by the resolved config; another config there is an error.
+    1. Another config in the workdir is an error; it is claimed once all the rest is checked.
     2. The mesh, the data and the task's fixed parts (a tokenizer) are built and checked.
     3. Every bucket's step is compiled before the first; a shape that comes later is an error.
     4. The state is restored from the newest checkpoint, or drawn from the seed.
@@ -57,10 +57,12 @@ def train(
       UserError: bad input, or a loss that is not finite (the sentence names the step).
     """
     first = jax.process_index() == 0
-    config_lib.claim_workdir(workdir, experiment, replace=replace_config, write=first)
+    claim = functools.partial(config_lib.claim_workdir, workdir, experiment, replace=replace_config)
+    claim(write=False)
     mesh = make_mesh(experiment.mesh)
     with jax.set_mesh(mesh):
         run = _Run(experiment, workdir, mesh, quiet=quiet or not first)
+        claim(write=first)
         with Checkpoints(workdir, keep=experiment.keep_checkpoints) as checkpoints:
             return run.steps(checkpoints)
 
@@ -100,6 +102,7 @@ class _Run:
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.shardings
         )
         if jax.process_index() == 0:
+            epath.Path(workdir).mkdir(parents=True, exist_ok=True)
             _write_about(epath.Path(workdir), dataset, experiment.data.fps)
             lines = describe(self.shardings.params, shapes.params)
             (epath.Path(workdir) / SHARDINGS).write_text("\n".join(lines) + "\n")
@@ -123,7 +126,10 @@ class _Run:
         return create(self.key), Progress()
 
     def _step_flops(self, batch: PyTree) -> float:
-        """Model FLOPs of a step, forward and backward: three times the forward pass."""
+        """Model FLOPs of a step, forward and backward: three times the forward pass.
+
+        Too many by two of a frozen tokenizer's passes where it encodes inside the step.
+        """
         state = self.abstract
 
         def loss(state: TrainState, frozen: PyTree, batch: PyTree) -> PyTree:
@@ -285,7 +291,7 @@ class _Log:
             return
         step, metrics = pending
         values = {k: float(v) for k, v in sorted(jax.device_get(metrics).items())}
-        if not math.isfinite(values["loss"]):
+        if not all(map(math.isfinite, values.values())):
             raise UserError(
                 f"The loss is {values['loss']} at step {step} (gradient norm "
                 f"{values['grad_norm']:.3g}): lower config.optimizer.learning_rate, or look at "

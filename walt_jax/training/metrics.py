@@ -67,7 +67,9 @@ class _JsonLines(metric_writers.LoggingWriter):
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
         values = {k: float(v) for k, v in scalars.items()}
         self._lines += json.dumps({"step": step, **values}) + "\n"
-        self._path.write_text(self._lines)  # whole, since gs:// has no appending
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text(self._lines)  # whole, since gs:// has no appending
+        temporary.replace(self._path)
 
     def write_videos(self, step: int, videos: Mapping[str, np.ndarray]) -> None:
         del step, videos

@@ -36,24 +36,29 @@ def load_tokenizer(workdir: str | Path, step: int | None = None) -> FrozenTokeni
     return FrozenTokenizer.create(model, parts["ema"], extra["latent_mean"], extra["latent_square"])
 
 
-def adopt(source: str, workdir: str | Path) -> FrozenTokenizer:
-    """Loads the tokenizer in `source` and copies it into `workdir`, so that the run stands alone.
+def find_tokenizer(source: str, workdir: str | Path) -> FrozenTokenizer:
+    """The tokenizer kept in `workdir`, or else the one in `source`.
 
     Raises:
-      UserError: `source` holds no tokenizer, or another one than was adopted before.
+      UserError: `source` holds no tokenizer, or another one than `workdir` keeps.
     """
     folder = epath.Path(workdir) / FOLDER
-    if folder.exists():
-        ours = _read(folder)
-        if epath.Path(source).exists() and load_tokenizer(source).hash != ours.hash:
-            raise UserError(
-                f"{source} is not the tokenizer ({ours.hash}) that {workdir} was started with: it "
-                "was trained on since; start the denoiser in another --workdir."
-            )
-        return ours
-    tokenizer = load_tokenizer(source)
-    _write(folder, tokenizer)
-    return tokenizer
+    if not folder.exists():
+        return load_tokenizer(source)
+    ours = _read(folder)
+    if epath.Path(source).exists() and load_tokenizer(source).hash != ours.hash:
+        raise UserError(
+            f"{source} is not the tokenizer ({ours.hash}) that {workdir} was started with: start "
+            "the denoiser in another --workdir."
+        )
+    return ours
+
+
+def keep_tokenizer(tokenizer: FrozenTokenizer, workdir: str | Path) -> None:
+    """Copies a tokenizer into `workdir`, if none is there yet, so that the run stands alone."""
+    folder = epath.Path(workdir) / FOLDER
+    if not folder.exists():
+        _write(folder, tokenizer)
 
 
 def _write(folder: epath.Path, tokenizer: FrozenTokenizer) -> None:
@@ -70,7 +75,7 @@ def _write(folder: epath.Path, tokenizer: FrozenTokenizer) -> None:
 
 
 def _read(folder: epath.Path) -> FrozenTokenizer:
-    about = json.loads(next((folder / "about").glob("*")).read_text())
+    about = json.loads((folder / "about" / "metadata").read_text())
     with ocp.PyTreeCheckpointer() as checkpointer:
         tree = checkpointer.restore((folder / "weights").resolve())
     return FrozenTokenizer(
