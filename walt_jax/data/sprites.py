@@ -1,11 +1,10 @@
 """Built-in videos: one coloured shape that moves over a plain background, from a seed.
 
     python -m walt_jax.data.sprites --output videos --num 480 --seed 0
-    python -m walt_jax.prepare --input videos/manifest.jsonl --output records
 
 Every video is a function of (config, seed, index) alone. A class is a (shape, colour, direction)
-triple, "red square left"; classes are balanced. Aspect, length, frame rate, size, speed, position
-and background vary freely within a class. What there is besides the sprite is the *scene*:
+triple, "red square left"; classes are balanced, all else varies freely within a class. What there
+is besides the sprite is the *scene*:
 
   plain     nothing.
   occluder  a bar across the middle, wide enough to hide the sprite wholly as it passes behind.
