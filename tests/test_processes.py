@@ -43,7 +43,7 @@ def newest(workdir):
     with Checkpoints(workdir, read_only=True) as checkpoints:
         names = ("step", "params", "ema", "opt_state", "extra")
         folder = checkpoints.directory / str(checkpoints.latest) / "progress"
-        (progress,) = (json.loads(f.read_text()) for f in folder.iterdir() if f.name[0] != "_")
+        progress = json.loads((folder / "metadata").read_text())
         return checkpoints.restore_part(names), progress
 
 

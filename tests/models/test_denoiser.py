@@ -26,7 +26,7 @@ def build(config, seed=0):
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
     noisy = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)]
-    return network.bind(jax.tree.unflatten(structure, noisy))
+    return jax.jit(network.bind(jax.tree.unflatten(structure, noisy)))
 
 
 def test_published_parameter_count():
@@ -59,7 +59,7 @@ def test_a_token_sees_its_window_and_nothing_else(window, sees):
     )
     model = build(config)
     z = jax.random.normal(jax.random.key(2), (1, 3, 4, 4, 8))
-    grad = jax.grad(lambda z: jnp.square(model(z, jnp.array([500]))[0, 1, 1, 2]).sum())(z)
+    grad = jax.jit(jax.grad(lambda z: jnp.square(model(z, jnp.array([500]))[0, 1, 1, 2]).sum()))(z)
     reached = np.abs(np.asarray(grad))[0].sum(-1) > 0
     np.testing.assert_array_equal(reached, sees(*np.indices((3, 4, 4))))
 
@@ -68,14 +68,14 @@ def test_samples_do_not_see_each_other():
     model = build(SMALL)
     z = jax.random.normal(jax.random.key(2), (2, 3, 4, 4, 8))
     t, label = jnp.array([10, 500]), jnp.array([0, 1])
-    grad = jax.grad(lambda z: jnp.square(model(z, t, label)[0]).sum())(z)
+    grad = jax.jit(jax.grad(lambda z: jnp.square(model(z, t, label)[0]).sum()))(z)
     assert np.all(np.asarray(grad[1]) == 0) and np.any(np.asarray(grad[0]) != 0)
 
 
 def test_time_and_class_matter():
     model = build(SMALL)
     z = jnp.broadcast_to(jax.random.normal(jax.random.key(2), (1, 3, 4, 4, 8)), (3, 3, 4, 4, 8))
-    out = model(z, jnp.array([10, 500, 10]), jnp.array([0, 0, model.null_class]))
+    out = model(z, jnp.array([10, 500, 10]), jnp.array([0, 0, SMALL.num_classes]))
     assert float(jnp.abs(out[0] - out[1]).max()) > 1e-3
     assert float(jnp.abs(out[0] - out[2]).max()) > 1e-3
 
