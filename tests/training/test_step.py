@@ -94,7 +94,7 @@ def test_eight_devices_equal_one(name, mesh):
     task, batch = CASES[name]
     losses, state = updates(task, batch, mesh, 8, 2)
     expected_losses, expected = reference(name)
-    np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-4)
     for part in ("extra", "params", "ema"):
         ours, theirs = getattr(state, part), getattr(expected, part)
         # Adam's first updates are +-rate wherever the gradient's sign is noise.
@@ -102,7 +102,7 @@ def test_eight_devices_equal_one(name, mesh):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=tolerance), ours, theirs)  # noqa: B023
         total = sum(float(np.abs(a - b).sum()) for a, b in _pairs(ours, theirs))
         size = sum(a.size for a, _ in _pairs(ours, theirs))
-        assert total <= 2e-5 * size
+        assert total <= 2e-4 * size  # a wrong gradient moves all by 1e-3
 
 
 @pytest.mark.parametrize("name", CASES)
