@@ -74,8 +74,7 @@ class SpriteConfig:
       seconds: least and greatest time between the first and last frame. 17 frames at 8 fps need 2.
       fps: frame rates.
       sizes: least and greatest diameter of the sprite, of the short side.
-      central: the path lies in the central square of the frame, which a square crop would keep;
-        otherwise it uses the whole frame.
+      central: the path keeps to the square that a centre crop keeps, not the whole frame.
       crossing: the sprite goes all the way that there is, not a part of it.
       scenes: names from `SCENES`; repeat one to draw it more often.
       exclude: class names that are never drawn (held out of training); class ids stay the same.
