@@ -86,8 +86,8 @@ MESHES = [
     ("name", "mesh"),
     # The tokenizer takes long to compile: its plainer meshes are slow tests.
     [("denoiser", mesh) for mesh in MESHES]
-    + [pytest.param("tokenizer", mesh, marks=pytest.mark.slow) for mesh in MESHES[:2]]
-    + [("tokenizer", mesh) for mesh in MESHES[2:]],
+    + [pytest.param("tokenizer", mesh, marks=pytest.mark.slow) for mesh in MESHES[:3]]
+    + [("tokenizer", MESHES[3])],
     ids=str,
 )
 def test_eight_devices_equal_one(name, mesh):

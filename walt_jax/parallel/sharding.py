@@ -24,7 +24,8 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"", P()),
 )
 BATCH = P(("data", "fsdp"))
-_GRID = P(("data", "fsdp"), None, "context")
+_TOKENS = P(("data", "fsdp"), None, "context")
+_PIXELS = P(("data", "fsdp"), None, "context", "tensor")
 
 
 def path_of(path: Sequence[Any]) -> str:
@@ -76,11 +77,18 @@ class Layout:
 
     mesh: Mesh | None = None
 
-    def activations(self, x: jax.Array) -> jax.Array:
-        """Pins (B, T, H, W, C): batch over data and fsdp, rows over context."""
+    def tokens(self, x: jax.Array) -> jax.Array:
+        """Pins a transformer's (B, T, H, W, D): batch over data and fsdp, rows over context."""
+        return self._pin(x, _TOKENS)
+
+    def pixels(self, x: jax.Array) -> jax.Array:
+        """Pins a convolution's (B, T, H, W, C): as tokens, and columns over tensor."""
+        return self._pin(x, _PIXELS)
+
+    def _pin(self, x: jax.Array, spec: P) -> jax.Array:
         if self.mesh is None:
             return x
-        entries = tuple(_GRID) + (None,) * (x.ndim - len(_GRID))
+        entries = tuple(spec) + (None,) * (x.ndim - len(spec))
         sharding = NamedSharding(self.mesh, _divisible(entries, x.shape, self.mesh))
         return jax.lax.with_sharding_constraint(x, sharding)
 
@@ -88,7 +96,9 @@ class Layout:
         """Casts matrices to `dtype`, then gathers them over fsdp, just before they are used.
 
         In this order half of the bytes travel. Vectors stay in float32: they are small, and
-        biases, norms and tables are used in float32.
+        biases, norms and tables are used in float32. Convolutions (taps before the two axes of
+        features) are gathered over tensor too: they divide pixels instead of features, and XLA's
+        partitioner computes wrong sums where rows and features are both divided.
         """
 
         def one(path: Sequence[Any], leaf: jax.Array) -> jax.Array:
@@ -99,7 +109,8 @@ class Layout:
             if self.mesh is None:
                 return leaf
             spec = next(spec for pattern, spec in RULES if re.search(pattern, name))
-            kept = P(*(None if e == "fsdp" else e for e in spec))
+            gathered = ("fsdp", "tensor") if leaf.ndim > 3 else ("fsdp",)
+            kept = P(*(None if e in gathered else e for e in spec))
             sharding = NamedSharding(self.mesh, fit(kept, leaf.shape, self.mesh))
             return jax.lax.with_sharding_constraint(leaf, sharding)
 

@@ -97,7 +97,7 @@ class Group(nnx.Module):
         self, x: jax.Array, condition_BD: jax.Array, shared_BD: jax.Array, layout: Layout
     ) -> jax.Array:
         for layer in self.layers:
-            x = layout.activations(layer(x, condition_BD, shared_BD))
+            x = layout.tokens(layer(x, condition_BD, shared_BD))
         return x
 
 
@@ -173,7 +173,7 @@ class Denoiser(nnx.Module):
         x = self.patch_in(_patchify(z, config.patch_size))
         places = self.spatial_embedding[...].reshape(1, tokens_h, tokens_w, -1)
         x = x + (places + self.temporal_embedding[...][:, None, None, :]).astype(x.dtype)
-        x = layout.activations(x)
+        x = layout.tokens(x)
         x = self._layers(x, condition, self.adaln(nnx.silu(condition)), layout)
         shift, scale = jnp.split(self.adaln_out(nnx.silu(condition)), 2, axis=-1)
         x = modulate(layer_norm(x.astype(jnp.float32)), shift, scale)

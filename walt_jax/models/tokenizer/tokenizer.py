@@ -137,7 +137,7 @@ class Encoder(nnx.Module):
     def __call__(self, x: jax.Array, layout: Layout) -> jax.Array:
         x = self.conv_in(x)
         for stage in self.stages:
-            x = layout.activations(stage(x))
+            x = layout.pixels(stage(x))
         return self.conv_out(nnx.swish(self.norm_out(x)))
 
 
@@ -171,9 +171,9 @@ class Level(nnx.Module):
     def __call__(self, x: jax.Array, z: jax.Array, layout: Layout) -> jax.Array:
         x = self.norm(x, z)
         for block in self.blocks:
-            x = layout.activations(block(x))
+            x = layout.pixels(block(x))
         if self.upsample is not None:
-            x = layout.activations(depth_to_space(self.upsample(x), self.factors))
+            x = layout.pixels(depth_to_space(self.upsample(x), self.factors))
         return x
 
 
@@ -199,7 +199,7 @@ class Decoder(nnx.Module):
     def __call__(self, z: jax.Array, layout: Layout) -> jax.Array:
         x = self.conv_in(z)
         for block in self.blocks:
-            x = layout.activations(block(x))
+            x = layout.pixels(block(x))
         for level in self.levels:
             x = level(x, z, layout)
         return self.conv_out(nnx.swish(self.norm_out(x)))
@@ -227,8 +227,8 @@ class Tokenizer(nnx.Module):
           UserError: a number of frames or a size that does not fit.
         """
         self.config.latent_shape(*x.shape[1:4])
-        return self.encoder(layout.activations(x), layout).astype(jnp.float32)
+        return self.encoder(layout.pixels(x), layout).astype(jnp.float32)
 
     def decode(self, z: jax.Array, layout: Layout = Layout()) -> jax.Array:  # noqa: B008
         """Latents (B, 1 + n, h, w, latent_channels) to float32 pixels, about [-1, 1]."""
-        return self.decoder(layout.activations(z), layout).astype(jnp.float32)
+        return self.decoder(layout.pixels(z), layout).astype(jnp.float32)
