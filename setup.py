@@ -23,6 +23,7 @@ INSTALL_REQUIRES = [
     "optax>=0.2.5",
     "orbax-checkpoint>=0.11.20",
     "pillow>=10.0",
+    "safetensors>=0.4",
     "tensorboard>=2.16",
     # clu.metric_writers imports TensorFlow; the model code never does.
     "tensorflow-cpu>=2.16; platform_machine == 'x86_64' and sys_platform != 'darwin'",
@@ -35,7 +36,7 @@ EXTRAS_REQUIRE = {
     "tpu": ["jax[tpu]>=0.10"],
     "cuda": ["jax[cuda12]>=0.10"],
     "data": ["scenedetect>=0.6.4"],
-    "text": ["tokenizers>=0.20", "safetensors>=0.4"],
+    "text": ["tokenizers>=0.20"],
     "eval": ["scikit-image>=0.24", "scipy>=1.11"],
     "parity": ["torch==2.13.0"],
     "dev": ["pytest>=8.0", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.8"],

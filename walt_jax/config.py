@@ -103,7 +103,8 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "config") -> T:
         raise UserError(f"{where} must be a group of keys, got {values!r}.")
     values = dict(values)
     if (registry := getattr(cls, "registry", None)) is not None:
-        name = values.pop("name", None)
+        name = values.pop("name", "")
+        name = "none" if name is None else name  # a literal such as --config.x.name=none
         if name not in registry:
             known = ", ".join(sorted(registry))
             raise UserError(f"{where}.name must be one of {known}, got {name!r}.")

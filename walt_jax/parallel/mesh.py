@@ -19,7 +19,8 @@ class MeshConfig:
     Attributes:
       data: copies of the model, each with its own part of the batch.
       fsdp: devices over which parameters and the batch are sharded together.
-      tensor: devices over which heads and MLP columns are sharded.
+      tensor: devices over which heads and MLP columns are sharded, in a tokenizer the columns of
+        the grid.
       context: devices over which the rows of the grid are sharded.
     """
 

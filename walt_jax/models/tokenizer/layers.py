@@ -4,20 +4,19 @@ All take and give (B, T, H, W, C) and are causal in time: frame t of the output 
 0..t of the input only.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from walt_jax.parallel import Layout
 
 Triple = tuple[int, int, int]
 
 
 class CausalConv(nnx.Module):
-    """A causal convolution with edge padding: time by (k - 1, 0), space by ((k-1)//2, k//2).
-
-    The taps in time are laid side by side as channels and contracted by one 2-D convolution. The
-    result is that of a 3-D convolution; XLA's 3-D convolutions of these sizes are 3 to 5 times
-    slower on a CPU and, by the TPU compiler's estimate, 1.4 times slower on v5e.
-    """
+    """A causal convolution with edge padding: time by (k - 1, 0), space by ((k-1)//2, k//2)."""
 
     def __init__(
         self,
@@ -37,22 +36,55 @@ class CausalConv(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((features_out,), jnp.float32)) if use_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.kernel[...].astype(self.dtype)
-        kt, kh, kw, c, features = kernel.shape
-        time_stride, stride, _ = self.strides
-        space = [((k - 1) // 2, k // 2) for k in (kh, kw)]
-        x = jnp.pad(x.astype(self.dtype), ((0, 0), (kt - 1, 0), *space, (0, 0)), mode="edge")
-        frames = (x.shape[1] - kt) // time_stride + 1
-        taps = [x[:, i : i + time_stride * (frames - 1) + 1 : time_stride] for i in range(kt)]
-        x = jnp.concatenate(taps, axis=-1)
-        b, t, h, w, _ = x.shape
-        y = _convolve(
-            x.reshape(b * t, h, w, kt * c),
-            kernel.transpose(1, 2, 0, 3, 4).reshape(kh, kw, kt * c, features),
-            stride,
-        )
-        y = y.reshape(b, t, *y.shape[1:])
+        return self.valid(self.pad_space(self.pad_time(x)))
+
+    def pad_time(self, x: jax.Array) -> jax.Array:
+        """Repeats the first frame k - 1 times before the video."""
+        return _edges(x, 1, self.kernel.shape[0] - 1, 0)
+
+    def pad_space(self, x: jax.Array) -> jax.Array:
+        """Repeats the outermost pixels of each frame."""
+        for axis in (2, 3):
+            k = self.kernel.shape[axis - 1]
+            x = _edges(x, axis, (k - 1) // 2, k // 2)
+        return x
+
+    def valid(self, x: jax.Array) -> jax.Array:
+        """Convolves what is padded already."""
+        y = convolve(x.astype(self.dtype), self.kernel[...].astype(self.dtype), self.strides)
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+
+def _edges(x: jax.Array, axis: int, before: int, after: int) -> jax.Array:
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (before, after)
+    return jnp.pad(x, widths, mode="edge") if before or after else x
+
+
+def convolve(x: jax.Array, kernel: jax.Array, strides: Triple = (1, 1, 1)) -> jax.Array:
+    """A 3-D convolution without padding.
+
+    The taps in time are laid side by side as channels and contracted by one 2-D convolution. The
+    result is that of a 3-D convolution; XLA's 3-D convolutions of these sizes are 3 to 5 times
+    slower on a CPU and, by the TPU compiler's estimate, 1.4 times slower on v5e.
+
+    Args:
+      x: (B, T, H, W, C), of the kernel's dtype.
+      kernel: (kt, kh, kw, C, F).
+      strides: of time, height and width; the last two must be equal.
+    """
+    kt, kh, kw, c, features = kernel.shape
+    time_stride, stride, _ = strides
+    frames = (x.shape[1] - kt) // time_stride + 1
+    taps = [x[:, i : i + time_stride * (frames - 1) + 1 : time_stride] for i in range(kt)]
+    x = jnp.concatenate(taps, axis=-1)
+    b, t, h, w, _ = x.shape
+    y = _convolve(
+        x.reshape(b * t, h, w, kt * c),
+        kernel.transpose(1, 2, 0, 3, 4).reshape(kh, kw, kt * c, features),
+        stride,
+    )
+    return y.reshape(b, t, *y.shape[1:])
 
 
 def _convolve(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
@@ -90,20 +122,49 @@ def _fold_stride(x: jax.Array, kernel: jax.Array, s: int) -> tuple[jax.Array, ja
     )
 
 
-def normalise_groups(x: jax.Array, groups: int, eps: float = 1e-6) -> jax.Array:
-    """Group statistics of each frame alone, in float32: over (H, W, channels of a group).
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """Mean and mean square deviation of each frame's groups, float32 (B, T, groups)."""
+
+    mean: jax.Array
+    variance: jax.Array
+
+
+def group_statistics(x: jax.Array, groups: int) -> Statistics:
+    """Statistics of each frame alone, over (H, W, channels of a group), in float32.
 
     Statistics over time would let a frame see later ones.
     """
-    c = x.shape[-1]
     y = x.astype(jnp.float32)
+    mean = _group_mean(y, groups)
+    return Statistics(mean, _group_mean(jnp.square(y - _by_channel(mean, x)), groups))
 
-    def group_mean(per_pixel: jax.Array) -> jax.Array:
-        means = per_pixel.mean(axis=(2, 3)).reshape(*x.shape[:2], groups, c // groups)
-        return jnp.repeat(means.mean(-1), c // groups, axis=-1)[:, :, None, None]
 
-    y = y - group_mean(y)
-    return y * jax.lax.rsqrt(group_mean(jnp.square(y)) + eps)
+def normalise_groups(
+    x: jax.Array, groups: int, statistics: Statistics | None = None, eps: float = 1e-6
+) -> jax.Array:
+    """Zero mean and unit variance a group of each frame; float32.
+
+    Args:
+      x: (B, T, H, W, C).
+      groups: number of groups of channels.
+      statistics: of the whole frame where x is a part of it; default: of x.
+      eps: added to the variance.
+    """
+    s = statistics or group_statistics(x, groups)
+    y = x.astype(jnp.float32) - _by_channel(s.mean, x)
+    return y * _by_channel(jax.lax.rsqrt(s.variance + eps), x)
+
+
+def _group_mean(per_pixel: jax.Array, groups: int) -> jax.Array:
+    means = per_pixel.mean(axis=(2, 3))
+    return means.reshape(*means.shape[:2], groups, -1).mean(-1)
+
+
+def _by_channel(per_group: jax.Array, x: jax.Array) -> jax.Array:
+    channels = jnp.repeat(per_group, x.shape[-1] // per_group.shape[-1], axis=-1)
+    return channels[:, :, None, None]
 
 
 class GroupNorm(nnx.Module):
@@ -114,9 +175,9 @@ class GroupNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones((features,), jnp.float32))
         self.bias = nnx.Param(jnp.zeros((features,), jnp.float32))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = normalise_groups(x, self.groups) * self.scale[...] + self.bias[...]
-        return y.astype(x.dtype)
+    def __call__(self, x: jax.Array, statistics: Statistics | None = None) -> jax.Array:
+        y = normalise_groups(x, self.groups, statistics)
+        return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
 
 
 class AdaptiveGroupNorm(nnx.Module):
@@ -132,48 +193,111 @@ class AdaptiveGroupNorm(nnx.Module):
         self.gamma = nnx.Linear(latent_channels, features, dtype=dtype, rngs=rngs)
         self.beta = nnx.Linear(latent_channels, features, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, z: jax.Array) -> jax.Array:
-        gamma, beta = self.gamma(z), self.beta(z)
-        gamma, beta = (repeat_to(y, x.shape[1:4]).astype(jnp.float32) for y in (gamma, beta))
-        return (normalise_groups(x, self.groups) * (1.0 + gamma) + beta).astype(x.dtype)
+    def __call__(
+        self,
+        x: jax.Array,
+        z: jax.Array,
+        statistics: Statistics | None = None,
+        first: bool = True,
+    ) -> jax.Array:
+        gamma, beta = (
+            repeat_to(y, x.shape[1:4], first).astype(jnp.float32)
+            for y in (self.gamma(z), self.beta(z))
+        )
+        y = normalise_groups(x, self.groups, statistics)
+        return (y * (1.0 + gamma) + beta).astype(x.dtype)
 
 
-def repeat_to(z: jax.Array, grid: Triple) -> jax.Array:
-    """Nearest-neighbour enlargement of (B, T, H, W, C) to a grid of 1 + n (T - 1) frames."""
-    (t, h, w), frames = grid, z.shape[1]
-    if frames > 1:
-        factor = (t - 1) // (frames - 1)
+def repeat_to(z: jax.Array, grid: Triple, first: bool = True) -> jax.Array:
+    """Nearest-neighbour enlargement of (B, t, h, w, C) to a grid.
+
+    Args:
+      z: latents.
+      grid: frames, height and width; 1 + n (t - 1) frames where the video's first is among them,
+        n t where not.
+      first: whether it is.
+    """
+    frames, height, width = grid
+    if first and z.shape[1] > 1:
+        factor = (frames - 1) // (z.shape[1] - 1)
         z = jnp.repeat(z, factor, axis=1)[:, factor - 1 :]
-    z = jnp.repeat(z, h // z.shape[2], axis=2)
-    return jnp.repeat(z, w // z.shape[3], axis=3)
+    elif not first:
+        z = jnp.repeat(z, frames // z.shape[1], axis=1)
+    z = jnp.repeat(z, height // z.shape[2], axis=2)
+    return jnp.repeat(z, width // z.shape[3], axis=3)
 
 
-def depth_to_space(x: jax.Array, factors: Triple) -> jax.Array:
-    """Channels (ft, fh, fw, C) become frames and pixels; the first ft - 1 frames are dropped."""
+def depth_to_space(x: jax.Array, factors: Triple, first: bool = True) -> jax.Array:
+    """Channels (ft, fh, fw, C) become frames and pixels.
+
+    Where the video's first frame is among x's, the first ft - 1 frames are dropped.
+    """
     b, t, h, w, c = x.shape
     ft, fh, fw = factors
     c //= ft * fh * fw
     x = x.reshape(b, t, h, w, ft, fh, fw, c).transpose(0, 1, 4, 2, 5, 3, 6, 7)
-    return x.reshape(b, t * ft, h * fh, w * fw, c)[:, ft - 1 :]
+    return x.reshape(b, t * ft, h * fh, w * fw, c)[:, ft - 1 if first else 0 :]
+
+
+class Whole:
+    """How layers run over a video: all of it at once, laid out over a mesh.
+
+    The networks call these four functions and nothing else that looks beyond a pixel; running them
+    chunk by chunk (`streaming.py`) or tile by tile (`tiling.py`) takes other such functions.
+
+    Attributes:
+      first: whether the frames at hand begin with the video's first.
+    """
+
+    first = True
+
+    def __init__(self, layout: Layout = Layout()) -> None:  # noqa: B008
+        self.layout = layout
+
+    def convolve(self, conv: CausalConv, x: jax.Array, norm: GroupNorm | None = None) -> jax.Array:
+        """`conv(swish(norm(x)))`, or `conv(x)` without a norm."""
+        if norm is not None:
+            x = nnx.swish(norm(x))
+        return self.layout.pixels(conv.valid(conv.pad_space(self.extend(conv, x))))
+
+    def extend(self, conv: CausalConv, x: jax.Array) -> jax.Array:
+        """Puts the frames that the convolution looks back at before x."""
+        return conv.pad_time(x)
+
+    def normalise(self, norm: AdaptiveGroupNorm, x: jax.Array, z: jax.Array) -> jax.Array:
+        """`norm(x, z)`."""
+        return norm(x, z, first=self.first)
+
+    def enlarge(self, x: jax.Array, factors: Triple) -> jax.Array:
+        """`depth_to_space(x, factors)`."""
+        return self.layout.pixels(depth_to_space(x, factors, self.first))
 
 
 class ResBlock(nnx.Module):
-    """Norm, swish, convolution, twice; a 1x1x1 shortcut where the widths differ."""
+    """Norm, swish, convolution, twice; a shortcut of one tap where the widths differ."""
 
     def __init__(
-        self, features_in: int, features: int, groups: int, *, dtype: jnp.dtype, rngs: nnx.Rngs
+        self,
+        features_in: int,
+        features: int,
+        groups: int,
+        *,
+        taps: int = 3,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
     ) -> None:
+        options = {"dtype": dtype, "rngs": rngs}
         self.norm1 = GroupNorm(features_in, groups)
-        self.conv1 = CausalConv(features_in, features, dtype=dtype, rngs=rngs)
+        self.conv1 = CausalConv(features_in, features, (taps, 3, 3), **options)
         self.norm2 = GroupNorm(features, groups)
-        self.conv2 = CausalConv(features, features, dtype=dtype, rngs=rngs)
+        self.conv2 = CausalConv(features, features, (taps, 3, 3), **options)
         self.shortcut = (
             None
             if features_in == features
-            else CausalConv(features_in, features, (1, 1, 1), dtype=dtype, rngs=rngs)
+            else CausalConv(features_in, features, (1, 1, 1), **options)
         )
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = self.conv1(nnx.swish(self.norm1(x)))
-        y = self.conv2(nnx.swish(self.norm2(y)))
-        return y + (x if self.shortcut is None else self.shortcut(x))
+    def __call__(self, x: jax.Array, run: Whole) -> jax.Array:
+        y = run.convolve(self.conv1, x, self.norm1)
+        y = run.convolve(self.conv2, y, self.norm2)
+        return y + (x if self.shortcut is None else run.convolve(self.shortcut, x))

@@ -1,4 +1,4 @@
-"""The causal 3D encoder and decoder of MAGVIT-v2 (2310.05737, figure 7), continuous latents."""
+"""The causal 3D encoder and decoder of MAGVIT-v2 (2310.05737, figure 7)."""
 
 import dataclasses
 import math
@@ -13,8 +13,9 @@ from walt_jax.models.tokenizer.layers import (
     CausalConv,
     GroupNorm,
     ResBlock,
-    depth_to_space,
+    Whole,
 )
+from walt_jax.models.tokenizer.quantizers import Identity, Quantizer
 from walt_jax.parallel import Layout
 
 
@@ -28,7 +29,10 @@ class TokenizerConfig:
       num_res_blocks: residual blocks a level, or one number a level; the last number also counts
         the blocks between encoder and decoder.
       temporal_downsample: whether each level but the last also halves time.
+      dimensions: 3, or 2 for a tokenizer of images, which takes each frame by itself (and whose
+        `temporal_downsample` must be all False).
       latent_channels: channels of the latents.
+      quantizer: what lies between encoder and decoder.
       norm_groups: groups of every GroupNorm.
       dtype: what the convolutions compute in; parameters and statistics are float32.
     """
@@ -37,7 +41,9 @@ class TokenizerConfig:
     multipliers: tuple[int, ...] = (1, 2, 2, 4)
     num_res_blocks: int | tuple[int, ...] = 4
     temporal_downsample: tuple[bool, ...] = (False, True, True)
+    dimensions: int = 3
     latent_channels: int = 8
+    quantizer: Quantizer = Identity()
     norm_groups: int = 32
     dtype: str = "bfloat16"
 
@@ -46,6 +52,13 @@ class TokenizerConfig:
             raise UserError(
                 f"config.task.model.temporal_downsample has {len(self.temporal_downsample)} "
                 f"entries: it needs one less than the {len(self.multipliers)} multipliers."
+            )
+        if self.dimensions not in (2, 3) or (
+            self.dimensions == 2 and any(self.temporal_downsample)
+        ):
+            raise UserError(
+                f"config.task.model.dimensions={self.dimensions} with temporal_downsample="
+                f"{self.temporal_downsample}: choose 3, or 2 with all of the latter False."
             )
         if len(self.blocks) != len(self.multipliers):
             raise UserError(
@@ -68,6 +81,11 @@ class TokenizerConfig:
         """Residual blocks of each level."""
         n = self.num_res_blocks
         return n if isinstance(n, tuple) else (n,) * len(self.multipliers)
+
+    @property
+    def taps(self) -> int:
+        """Frames that a convolution of 3 x 3 pixels sees."""
+        return 3 if self.dimensions == 3 else 1
 
     @property
     def strides(self) -> tuple[tuple[int, int, int], ...]:
@@ -103,42 +121,35 @@ class TokenizerConfig:
 
 
 class Encoder(nnx.Module):
-    """Pixels (B, T, H, W, 3) to latents (B, t, h, w, c)."""
+    """Pixels (B, T, H, W, 3) to what the quantizer takes, (B, t, h, w, c)."""
 
     def __init__(self, config: TokenizerConfig, rngs: nnx.Rngs) -> None:
-        dtype, groups = jnp.dtype(config.dtype), config.norm_groups
-        options = {"dtype": dtype, "rngs": rngs}
+        taps, groups = config.taps, config.norm_groups
+        options = {"dtype": jnp.dtype(config.dtype), "rngs": rngs}
         width = config.widths[0]
-        self.conv_in = CausalConv(3, width, **options)
+        self.conv_in = CausalConv(3, width, (taps, 3, 3), **options)
         stages: list[nnx.Module] = []
         for level, features in enumerate(config.widths):
             for _ in range(config.blocks[level]):
-                stages.append(ResBlock(width, features, groups, **options))
+                stages.append(ResBlock(width, features, groups, taps=taps, **options))
                 width = features
             if level < len(config.strides):
-                stages.append(
-                    CausalConv(
-                        width,
-                        width,
-                        (4, 4, 4),
-                        strides=config.strides[level],
-                        use_bias=True,
-                        **options,
-                    )
-                )
+                size = (4 if config.dimensions == 3 else 1, 4, 4)
+                strides = config.strides[level]
+                down = CausalConv(width, width, size, strides=strides, use_bias=True, **options)
+                stages.append(down)
         for _ in range(config.blocks[-1]):
-            stages.append(ResBlock(width, width, groups, **options))
+            stages.append(ResBlock(width, width, groups, taps=taps, **options))
         self.stages = nnx.List(stages)
         self.norm_out = GroupNorm(width, groups)
-        self.conv_out = CausalConv(
-            width, config.latent_channels, (1, 1, 1), use_bias=True, **options
-        )
+        features = config.quantizer.encoder_channels(config.latent_channels)
+        self.conv_out = CausalConv(width, features, (1, 1, 1), use_bias=True, **options)
 
-    def __call__(self, x: jax.Array, layout: Layout) -> jax.Array:
-        x = self.conv_in(x)
+    def __call__(self, x: jax.Array, run: Whole) -> jax.Array:
+        x = run.convolve(self.conv_in, x)
         for stage in self.stages:
-            x = layout.pixels(stage(x))
-        return self.conv_out(nnx.swish(self.norm_out(x)))
+            x = stage(x, run) if isinstance(stage, ResBlock) else run.convolve(stage, x)
+        return run.convolve(self.conv_out, x, self.norm_out)
 
 
 class Level(nnx.Module):
@@ -151,42 +162,45 @@ class Level(nnx.Module):
         features_in: int,
         rngs: nnx.Rngs,
     ) -> None:
-        dtype, groups = jnp.dtype(config.dtype), config.norm_groups
-        options = {"dtype": dtype, "rngs": rngs}
+        taps, groups = config.taps, config.norm_groups
+        options = {"dtype": jnp.dtype(config.dtype), "rngs": rngs}
         features, width = config.widths[level], features_in
         self.norm = AdaptiveGroupNorm(config.latent_channels, width, groups, **options)
         blocks: list[nnx.Module] = []
         for _ in range(config.blocks[level]):
-            blocks.append(ResBlock(width, features, groups, **options))
+            blocks.append(ResBlock(width, features, groups, taps=taps, **options))
             width = features
         self.blocks = nnx.List(blocks)
         self.factors = config.strides[level - 1] if level else (1, 1, 1)
         self.features = width
+        enlarged = math.prod(self.factors) * width
         self.upsample = (
-            CausalConv(width, math.prod(self.factors) * width, use_bias=True, **options)
-            if level
-            else None
+            CausalConv(width, enlarged, (taps, 3, 3), use_bias=True, **options) if level else None
         )
 
-    def __call__(self, x: jax.Array, z: jax.Array, layout: Layout) -> jax.Array:
-        x = self.norm(x, z)
+    def __call__(self, x: jax.Array, z: jax.Array, run: Whole) -> jax.Array:
+        x = run.normalise(self.norm, x, z)
         for block in self.blocks:
-            x = layout.pixels(block(x))
-        if self.upsample is not None:
-            x = layout.pixels(depth_to_space(self.upsample(x), self.factors))
-        return x
+            x = block(x, run)
+        return (
+            x
+            if self.upsample is None
+            else run.enlarge(run.convolve(self.upsample, x), self.factors)
+        )
 
 
 class Decoder(nnx.Module):
     """Latents (B, t, h, w, c) to pixels (B, T, H, W, 3)."""
 
     def __init__(self, config: TokenizerConfig, rngs: nnx.Rngs) -> None:
-        dtype, groups = jnp.dtype(config.dtype), config.norm_groups
-        options = {"dtype": dtype, "rngs": rngs}
+        taps, groups = config.taps, config.norm_groups
+        options = {"dtype": jnp.dtype(config.dtype), "rngs": rngs}
         width = config.widths[-1]
-        self.conv_in = CausalConv(config.latent_channels, width, use_bias=True, **options)
+        self.conv_in = CausalConv(
+            config.latent_channels, width, (taps, 3, 3), use_bias=True, **options
+        )
         self.blocks = nnx.List(
-            [ResBlock(width, width, groups, **options) for _ in range(config.blocks[-1])]
+            [ResBlock(width, width, groups, taps=taps, **options) for _ in range(config.blocks[-1])]
         )
         levels = []
         for level in reversed(range(len(config.widths))):
@@ -194,41 +208,45 @@ class Decoder(nnx.Module):
             width = levels[-1].features
         self.levels = nnx.List(levels)
         self.norm_out = GroupNorm(width, groups)
-        self.conv_out = CausalConv(width, 3, use_bias=True, **options)
+        self.conv_out = CausalConv(width, 3, (taps, 3, 3), use_bias=True, **options)
 
-    def __call__(self, z: jax.Array, layout: Layout) -> jax.Array:
-        x = self.conv_in(z)
+    def __call__(self, z: jax.Array, run: Whole) -> jax.Array:
+        x = run.convolve(self.conv_in, z)
         for block in self.blocks:
-            x = layout.pixels(block(x))
+            x = block(x, run)
         for level in self.levels:
-            x = level(x, z, layout)
-        return self.conv_out(nnx.swish(self.norm_out(x)))
+            x = level(x, z, run)
+        return run.convolve(self.conv_out, x, self.norm_out)
 
 
 class Tokenizer(nnx.Module):
-    """Encoder and decoder; an image is a video of one frame."""
+    """Encoder, quantizer and decoder; an image is a video of one frame."""
 
     def __init__(self, config: TokenizerConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
         self.encoder = Encoder(config, rngs)
         self.decoder = Decoder(config, rngs)
 
-    def encode(self, x: jax.Array, layout: Layout = Layout()) -> jax.Array:  # noqa: B008
-        """Pixels to latents.
+    def features(self, x: jax.Array, layout: Layout = Layout()) -> jax.Array:  # noqa: B008
+        """What the encoder says, before the quantizer.
 
         Args:
           x: (B, 1 + 4n, H, W, 3) in [-1, 1], H and W multiples of 8 (with the default strides).
           layout: where activations lie on the mesh.
 
         Returns:
-          float32 (B, 1 + n, H / 8, W / 8, latent_channels), not normalised.
+          float32 (B, 1 + n, H / 8, W / 8, quantizer.encoder_channels(latent_channels)).
 
         Raises:
           UserError: a number of frames or a size that does not fit.
         """
         self.config.latent_shape(*x.shape[1:4])
-        return self.encoder(layout.pixels(x), layout).astype(jnp.float32)
+        return self.encoder(layout.pixels(x), Whole(layout)).astype(jnp.float32)
+
+    def encode(self, x: jax.Array, layout: Layout = Layout()) -> jax.Array:  # noqa: B008
+        """As `features`, quantised: float32 (..., latent_channels), not normalised."""
+        return self.config.quantizer(self.features(x, layout))
 
     def decode(self, z: jax.Array, layout: Layout = Layout()) -> jax.Array:  # noqa: B008
         """Latents (B, 1 + n, h, w, latent_channels) to float32 pixels, about [-1, 1]."""
-        return self.decoder(layout.pixels(z), layout).astype(jnp.float32)
+        return self.decoder(layout.pixels(z), Whole(layout)).astype(jnp.float32)
