@@ -112,7 +112,9 @@ def test_the_denoiser_trains_on_videos_too(finished, tmp_path):
 def test_every_config_takes_a_debug_step(finished, tmp_path, path):
     out, _ = finished
     values = config_lib.load(f"{path}:debug")
-    values["data"]["path"] = str(out / "records")
+    for part in ("data", "images"):
+        if values.get(part):
+            values[part]["path"] = str(out / "records")
     if values["task"]["name"] == "denoiser":
         values["task"]["tokenizer"] = str(out / "tokenizer")
         values["data"]["path"] = str(out / "latents")

@@ -6,11 +6,13 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
 import pytest
 
+from walt_jax.data.records import open_dataset
 from walt_jax.training.checkpoints import Checkpoints
 
 CONFIG = "configs/sprites_tokenizer.py:debug"
@@ -104,6 +106,60 @@ def test_two_processes_train_as_one(tmp_path, sprite_records, straight):
     ours, theirs = losses(tmp_path / "run"), losses(straight)
     assert ours.keys() == theirs.keys()
     np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=1e-5)
+
+
+def encode(workdir, output, *extra, cache):
+    """`python -m walt_jax.encode` in the background: 24 clips in 6 shards of 2 batches."""
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    command = [sys.executable, "-m", "walt_jax.encode", "--workdir", str(workdir)]
+    command += ["--output", str(output), "--batch_size=2", "--batches_per_shard=2", *extra]
+    return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+def test_two_killed_processes_encode_as_one(tmp_path, straight):
+    """What kill -9 leaves is gone on with; the records are those of one process, bit for bit."""
+    alone = encode(straight, tmp_path / "alone", cache=tmp_path / "cache")
+
+    def pair():
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        flags = (f"--coordinator=127.0.0.1:{port}", "--num_processes=2")
+        return [
+            encode(
+                straight,
+                tmp_path / "pair",
+                *(*flags, f"--process_id={i}"),
+                cache=tmp_path / f"cache{i}",
+            )
+            for i in range(2)
+        ]
+
+    finish(alone)
+    killed = pair()
+    deadline = time.monotonic() + 120
+    while not any((tmp_path / "pair.parts").glob("0000?")):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    for process in killed:
+        process.kill()
+        process.communicate()
+    assert not (tmp_path / "pair").exists()
+    errors = [finish(process) for process in pair()]
+    assert "of 6 shards are there" in errors[0]
+    whole, parts = open_dataset(tmp_path / "alone"), open_dataset(tmp_path / "pair")
+    assert len(whole) == 24 and parts.fingerprint == whole.fingerprint
+    assert parts.metadata == whole.metadata
+    assert not (tmp_path / "pair.parts").exists()
+    for process in pair():  # the first process looks, all say what it found
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 2 and "holds a dataset" in errors.splitlines()[-1], errors
 
 
 def test_a_diverged_run_stops_and_names_the_step(tmp_path, sprite_records, straight):

@@ -117,6 +117,7 @@ def run(out: Path, videos: Path | None, scale: Scale = Scale()) -> dict[str, Any
         dataclasses.replace(experiment.data, num_frames=5 if scale.variant == "debug" else FRAMES),
         out / "latents",
         epochs=scale.epochs if videos is None else 8 * scale.epochs,
+        overwrite=True,  # what a demo that was cut off left behind
     )
     logger.info("4/5 train the denoiser")
     classes = max(1, len(dataset.label_names))

@@ -1,28 +1,42 @@
 """`python -m walt_jax.encode --workdir TOKENIZER --output DIR`: caches the latents of a dataset."""
 
+import time
 from collections.abc import Sequence
+
+import jax
 
 from walt_jax import cli
 from walt_jax import config as config_lib
 from walt_jax.data.latents import encode_dataset
 from walt_jax.data.pipeline import DataConfig
+from walt_jax.parallel import distributed
+from walt_jax.training.metrics import clock
 from walt_jax.training.tokenizers import load_tokenizer
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads the command line and encodes."""
     parser = cli.config_parser(
-        "Encodes a prepared dataset by a trained tokenizer. The data are those that the tokenizer\n"
-        "was trained on; --config.data.path=DIR and its like choose others.",
+        "Encodes a prepared dataset by a trained tokenizer; goes on where it stopped. The data\n"
+        "are those that the tokenizer was trained on; --config.data.path=DIR and its like choose\n"
+        "others.",
         config=False,
     )
     parser.add_argument("--output", required=True, help="folder to write the latents to")
     parser.add_argument("--epochs", type=int, default=1, help="clips of each video (default 1)")
     parser.add_argument("--batch_size", type=int, default=8, help="clips at a time (default 8)")
     parser.add_argument("--seed", type=int, default=0, help="of the clips' start times")
-    parser.add_argument("--overwrite", action="store_true", help="replace a dataset in --output")
+    parser.add_argument(
+        "--batches_per_shard", type=int, default=32, help="batches of a file (default 32)"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a dataset in --output, or begin anew"
+    )
+    distributed.add_flags(parser)
     args, overrides = cli.parse(parser, argv)
+    distributed.start(args)
     values = config_lib.override(config_lib.read_resolved(args.workdir), overrides)
+    began = time.monotonic()
     dataset = encode_dataset(
         load_tokenizer(args.workdir),
         config_lib.build(DataConfig, values["data"], "config.data"),
@@ -30,9 +44,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         epochs=args.epochs,
         batch_size=args.batch_size,
         seed=args.seed,
+        batches_per_shard=args.batches_per_shard,
         overwrite=args.overwrite,
     )
-    print(f"{len(dataset)} latents in {args.output}; train on them by --config.data.path.")
+    if jax.process_index() == 0:
+        size = sum(shard["bytes"] for shard in dataset.metadata["shards"])
+        print(
+            f"{len(dataset)} clips in {clock(time.monotonic() - began)}, {size / 1e6:.1f} MB "
+            f"({size / len(dataset):.0f} bytes a clip); train on them by "
+            f"--config.data.path={args.output}."
+        )
 
 
 if __name__ == "__main__":

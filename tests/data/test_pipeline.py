@@ -9,7 +9,7 @@ import pytest
 
 from walt_jax.data.buckets import fit_frames
 from walt_jax.data.latents import LATENT_FEATURES
-from walt_jax.data.pipeline import DataConfig, Pipeline, on_devices
+from walt_jax.data.pipeline import DataConfig, Pipeline
 from walt_jax.data.records import VIDEO_FEATURES, decode_frames, open_dataset, write_dataset
 from walt_jax.data.video import encode_frame
 from walt_jax.errors import UserError
@@ -349,7 +349,7 @@ def test_rows_lie_on_their_devices(sprite_records, mesh):
     groups = mesh.shape["data"] * mesh.shape["fsdp"]
     device_rows = mesh.devices.reshape(groups, -1)  # in the order of the rows
     share = 8 // groups
-    placed = on_devices(pipeline, batch_sharding(mesh), 8, start=2)
+    placed = pipeline.on_devices(batch_sharding(mesh), start=2)
     for batch, expected in zip(placed, host):
         assert batch.keys() == expected.keys() - {"caption"}
         for name, array in batch.items():
@@ -373,7 +373,7 @@ def test_batches_are_put_on_the_devices_ahead_of_need(sprite_records, monkeypatc
         return put(*args)
 
     monkeypatch.setattr(jax, "make_array_from_process_local_data", counted)
-    placed = on_devices(pipeline, batch_sharding(make_mesh(MeshConfig())), 8, ahead=ahead)
+    placed = pipeline.on_devices(batch_sharding(make_mesh(MeshConfig())), ahead=ahead)
     arrays = 3
     next(placed)
     assert len(puts) == arrays * ahead

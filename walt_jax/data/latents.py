@@ -1,32 +1,46 @@
-"""Cached latents: a prepared dataset sent through a tokenizer once."""
+"""Cached latents: a prepared dataset sent through a tokenizer once.
 
-from collections.abc import Iterator
+A record holds a clip's normalised latents as float16 or, where the tokenizer has a codebook, its
+codes packed to `latent_channels` bits each; and the tokenizer's hash. `Pipeline` reads both.
+"""
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import tensorflow_datasets as tfds
+import tqdm
 
-from walt_jax.data.pipeline import DataConfig, Pipeline
-from walt_jax.data.records import Dataset, exact, open_dataset, write_dataset
+from walt_jax.data.parts import Parts
+from walt_jax.data.pipeline import DataConfig, HostBatch, Pipeline
+from walt_jax.data.records import Dataset, exact, open_dataset
 from walt_jax.errors import UserError
 from walt_jax.models.tokenizer.frozen import FrozenTokenizer
-from walt_jax.progress import bar
+from walt_jax.models.tokenizer.quantizers import pack_codes
+from walt_jax.parallel import Layout, MeshConfig, make_mesh
+from walt_jax.parallel.sharding import batch_sharding, place, replicated
+from walt_jax.progress import bar as progress_bar
 from walt_jax.tasks import to_unit
 
+_Encoded = tuple[int, HostBatch, jax.Array]  # number, batch, latents or codes
+_COMMON = {
+    "num_frames": tfds.features.Scalar(np.int64),  # t, h and w of the latents
+    "height": tfds.features.Scalar(np.int64),
+    "width": tfds.features.Scalar(np.int64),
+    "fps": exact(np.float64),  # of the clip's pixels
+    "caption": tfds.features.Text(),
+    "label": tfds.features.Scalar(np.int64),
+    "source": tfds.features.Text(),
+    "tokenizer_hash": tfds.features.Text(),
+}
 LATENT_FEATURES = tfds.features.FeaturesDict(
-    {
-        "latents": exact(np.float16, None, None, None, None),  # (t, h, w, c), normalised
-        "num_frames": tfds.features.Scalar(np.int64),  # t, h and w of the latents
-        "height": tfds.features.Scalar(np.int64),
-        "width": tfds.features.Scalar(np.int64),
-        "fps": exact(np.float64),  # of the clip's pixels
-        "caption": tfds.features.Text(),
-        "label": tfds.features.Scalar(np.int64),
-        "source": tfds.features.Text(),
-        "tokenizer_hash": tfds.features.Text(),
-    }
+    {"latents": exact(np.float16, None, None, None, None), **_COMMON}  # (t, h, w, c), normalised
+)
+CODE_FEATURES = tfds.features.FeaturesDict(
+    {"codes": exact(np.uint8, None), **_COMMON}  # (t, h, w) by `pack_codes`
 )
 
 
@@ -38,43 +52,77 @@ def encode_dataset(
     epochs: int = 1,
     batch_size: int = 8,
     seed: int = 0,
+    batches_per_shard: int = 32,
     overwrite: bool = False,
     progress: bool = True,
+    process: tuple[int, int] | None = None,
 ) -> Dataset:
-    """Encodes `epochs` random clips of every video, in the batches that training would see.
+    """Encodes `epochs` random clips of every video, on all devices of all processes.
+
+    Every process encodes a run of consecutive shards on its own devices. What is written depends
+    on the number of neither (that of a process's devices may change the rounding). Interrupted and
+    called again with the same arguments, it goes on with the shards that are missing.
 
     Args:
       tokenizer: encodes; its hash goes into the dataset and every record.
       data: the prepared videos and how clips are cut from them.
-      output: the folder to write.
+      output: the folder to write, the same for all processes.
       epochs: passes over the videos; each cuts its clips at other times.
       batch_size: clips encoded together.
       seed: of the clips' times.
-      overwrite: replace a dataset in `output`.
+      batches_per_shard: batches whose latents make up a file; a shard is whole or missing.
+      overwrite: replace a dataset in `output`, and begin anew what was interrupted.
       progress: show a progress bar.
+      process: which of how many processes this is; by default as JAX says.
 
     Raises:
-      UserError: the dataset or the output does not fit.
+      UserError: the dataset or the output does not fit, or `output` was begun in another way.
     """
     dataset = open_dataset(data.path)
     if dataset.metadata.get("kind") == "latents":
         raise UserError(f"{data.path} holds latents already: give prepared videos.")
-    if epochs < 1 or batch_size < 1:
-        raise UserError(f"epochs={epochs} and batch_size={batch_size} must be at least 1.")
-    pipeline = Pipeline(dataset, data, batch_size=batch_size, seed=seed, split="all")
-    encode = jax.jit(lambda video: tokenizer.encode(to_unit(video)).astype(np.float16))
-    total = epochs * pipeline.batches_per_epoch
-    batches = pipeline.batches()
+    if min(epochs, batch_size, batches_per_shard) < 1:
+        raise UserError(
+            f"epochs={epochs}, batch_size={batch_size} and batches_per_shard={batches_per_shard} "
+            "must be at least 1."
+        )
+    # In the records' order: so a row is known that only fills up a batch.
+    pipeline = Pipeline(dataset, data, batch_size=batch_size, seed=seed, split="all", shuffle=False)
+    config = tokenizer.config
+    for shapes in pipeline.shapes():
+        config.latent_shape(*shapes["video"].shape[1:4])  # refuses what does not fit
+    discrete = config.quantizer.num_codes(config.latent_channels) is not None
+    settings = {
+        "tokenizer_hash": tokenizer.hash,
+        "videos": dataset.fingerprint,
+        "num_frames": data.num_frames,
+        "fps": data.fps,
+        "sizes": data.sizes,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "seed": seed,
+        "batches_per_shard": batches_per_shard,
+    }
+    batches = range(epochs * pipeline.batches_per_epoch)
+    shards = [batches[k : k + batches_per_shard] for k in batches[::batches_per_shard]]
+    features = CODE_FEATURES if discrete else LATENT_FEATURES
+    process = process or (jax.process_index(), jax.process_count())
 
-    def examples() -> Iterator[dict[str, Any]]:
-        for k in bar(range(total), what="encode", unit="batch", disable=not progress):
-            batch, (_, records) = next(batches), pipeline.plan(k)
-            latents = np.asarray(encode(batch["video"]))
-            # A bucket's last batch is filled up with clips that it has already.
-            for row in np.unique(records, return_index=True)[1]:
-                t, h, w, _ = latents[row].shape
-                yield {
-                    "latents": latents[row],
+    def clips(numbers: Iterable[int]) -> int:
+        return sum(len(_new_rows(pipeline.plan(k)[1])) for i in numbers for k in shards[i])
+
+    def examples(encoded: Iterable[_Encoded], bar: tqdm.tqdm) -> Iterator[dict[str, Any]]:
+        for k, batch, latents in encoded:
+            records, latents = pipeline.plan(k)[1], np.asarray(latents)
+            t, h, w = latents.shape[1:4]
+            for row in _new_rows(records):
+                latent = latents[row]
+                content = (
+                    {"codes": pack_codes(latent, config.latent_channels)}
+                    if discrete
+                    else {"latents": latent}
+                )
+                yield content | {
                     "num_frames": t,
                     "height": h,
                     "width": w,
@@ -84,21 +132,79 @@ def encode_dataset(
                     "source": dataset.index["source"][records[row]],
                     "tokenizer_hash": tokenizer.hash,
                 }
+                bar.update()
 
+    with Parts(
+        output, features, len(shards), settings, process=process, overwrite=overwrite
+    ) as parts:
+        missing = parts.missing()
+        total, quiet = clips(parts.mine), not progress or process[0] > 0
+        done = total - clips(missing)
+        with progress_bar(
+            total=total, initial=done, what="encode", unit="clip", disable=quiet
+        ) as bar:
+            encoded = _encode(
+                tokenizer, pipeline, [k for i in missing for k in shards[i]], discrete
+            )
+            for shard, results in itertools.groupby(encoded, lambda r: r[0] // batches_per_shard):
+                parts.write(shard, examples(results, bar))
+        return parts.finish(
+            name="latents",
+            description=f"Latents of {dataset.directory.name} by tokenizer {tokenizer.hash}.",
+            metadata=_metadata(tokenizer, dataset, discrete),
+        )
+
+
+def _metadata(tokenizer: FrozenTokenizer, videos: Dataset, discrete: bool) -> dict[str, Any]:
     metadata = {
         "kind": "latents",
         "tokenizer_hash": tokenizer.hash,
         "latent_channels": tokenizer.config.latent_channels,
         "dtype": "float16",
-        "label_names": list(dataset.label_names),
-        "videos": dataset.fingerprint,
+        "label_names": list(videos.label_names),
+        "videos": videos.fingerprint,
     }
-    return write_dataset(
-        output,
-        LATENT_FEATURES,
-        examples(),
-        name="latents",
-        description=f"Latents of {dataset.directory.name} by tokenizer {tokenizer.hash}.",
-        metadata=metadata,
-        overwrite=overwrite,
-    )
+    if discrete:  # what makes latents of codes
+        moments = {"mean": tokenizer.mean, "std": tokenizer.std}
+        metadata["codes"] = {name: np.asarray(x).tolist() for name, x in moments.items()}
+    return metadata
+
+
+def _new_rows(records: np.ndarray) -> np.ndarray:
+    """The rows of a batch that an epoch has not had.
+
+    Records rise within a bucket; its last batch is filled up from the bucket's start.
+    """
+    rows = np.unique(records, return_index=True)[1]
+    return rows[records[rows] >= records[0]]
+
+
+def _encode(
+    tokenizer: FrozenTokenizer, pipeline: Pipeline, numbers: Sequence[int], discrete: bool
+) -> Iterator[_Encoded]:
+    """The batches of these numbers, with float16 latents or int32 codes.
+
+    A batch lies over the devices of this process, filled up to a multiple of them.
+    """
+    mesh = make_mesh(MeshConfig(), jax.local_devices())
+    weights = place(tokenizer, jax.tree.map(lambda _: replicated(mesh), tokenizer))
+
+    @jax.jit
+    def encode(weights: FrozenTokenizer, video: jax.Array) -> jax.Array:
+        x, layout = to_unit(video), Layout(mesh)
+        return weights.codes(x, layout) if discrete else weights.encode(x, layout).astype("float16")
+
+    def started() -> Iterator[_Encoded]:
+        batches, following = iter(()), None
+        for k in numbers:
+            if k != following:
+                batches = pipeline.batches(k)
+            batch, following = next(batches), k + 1
+            video = batch.pop("video")
+            rows = np.arange(-(-len(video) // mesh.size) * mesh.size)
+            video = place(video[np.minimum(rows, len(video) - 1)], batch_sharding(mesh))
+            yield k, batch, encode(weights, video)
+
+    # In pairs, so that the devices have the next batch while this one is written.
+    for result, _ in itertools.pairwise(itertools.chain(started(), [None])):
+        yield result

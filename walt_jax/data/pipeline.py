@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding
 from walt_jax.data import buckets
 from walt_jax.data.records import Dataset, decode_frames
 from walt_jax.errors import UserError
+from walt_jax.models.tokenizer.quantizers import Lfq, unpack_codes
 from walt_jax.parallel.sharding import local_rows
 
 HostBatch = dict[str, np.ndarray]
@@ -109,19 +110,37 @@ class _CutClip:
 
 
 class _ReadLatents:
-    """Reads one record of cached latents."""
+    """Reads one record of cached latents; where they are discrete, their codes too."""
 
     def __init__(self, dataset: Dataset) -> None:
         self._dataset = dataset
 
     def __call__(self, row: _Row) -> dict[str, Any]:
-        record = self._dataset.read(row.record)
+        record, metadata = self._dataset.read(row.record), self._dataset.metadata
+        made_by = record["tokenizer_hash"]
+        if metadata.get("tokenizer_hash", made_by) != made_by:
+            raise UserError(
+                f"Record {row.record} of {self._dataset.directory} was made by tokenizer "
+                f"{made_by}, not by {metadata['tokenizer_hash']}: encode the videos again."
+            )
         return {
-            "latents": np.asarray(record["latents"]),
+            **_latents(record, metadata),
             "label": np.int32(record["label"]),
             "fps": np.float32(record["fps"]),
             "caption": record["caption"],
         }
+
+
+def _latents(record: dict[str, Any], metadata: dict[str, Any]) -> HostBatch:
+    """`latents` (t, h, w, c), normalised; of a record of codes also `codes` int32 (t, h, w)."""
+    if "latents" in record:
+        return {"latents": np.asarray(record["latents"])}
+    bits, moments = metadata["latent_channels"], metadata["codes"]
+    shape = [record[name] for name in ("num_frames", "height", "width")]
+    codes = unpack_codes(record["codes"], bits, shape)
+    mean, std = (np.asarray(moments[name], np.float32) for name in ("mean", "std"))
+    latents = (Lfq().from_codes(codes, bits) - mean) / std
+    return {"latents": latents.astype(metadata["dtype"]), "codes": codes}
 
 
 def clip_frames(times: np.ndarray, num_frames: int, fps: float, position: float) -> np.ndarray:
@@ -205,13 +224,18 @@ class Pipeline:
             "fps": jax.ShapeDtypeStruct((b,), np.float32),
         }
         if self._latents:
-            dtype = np.dtype(self.dataset.metadata["dtype"])
-            shapes = [
-                ("latents", (b, *map(int, self._latent_shapes[i])), dtype) for i in self._used[0]
-            ]
+            metadata = self.dataset.metadata
+            latents = [(b, *map(int, self._latent_shapes[i])) for i in self._used[0]]
+            shapes = [{"latents": (s, np.dtype(metadata["dtype"]))} for s in latents]
+            if "codes" in metadata:
+                shapes = [d | {"codes": (s[:-1], np.int32)} for d, s in zip(shapes, latents)]
         else:
-            shapes = [("video", (b, n, *self.config.sizes[i], 3), np.uint8) for i in self._used[0]]
-        return [{name: jax.ShapeDtypeStruct(s, d), **common} for name, s, d in shapes]
+            sizes = [self.config.sizes[i] for i in self._used[0]]
+            shapes = [{"video": ((b, n, *size, 3), np.uint8)} for size in sizes]
+        return [
+            {name: jax.ShapeDtypeStruct(*s) for name, s in arrays.items()} | common
+            for arrays in shapes
+        ]
 
     def batches(self, start: int = 0, rows: tuple[int, int] | None = None) -> Iterator[HostBatch]:
         """Batches `start`, `start` + 1, ... for ever; of each the given rows (default: all)."""
@@ -231,6 +255,12 @@ class Pipeline:
                 grain.MultiprocessingOptions(num_workers=self.config.num_workers)
             )
         return iter(clips.batch(local))
+
+    def on_devices(
+        self, sharding: NamedSharding, start: int = 0, ahead: int = 2
+    ) -> Iterator[dict[str, jax.Array]]:
+        """Batches as global arrays, `ahead` of them on the way to the devices; without strings."""
+        return _on_devices(self, sharding, self._batch_size, start, ahead)
 
     def _bucket_counts(self) -> dict[str, int]:
         sizes = self._latent_shapes if self._latents else self.config.sizes
@@ -281,10 +311,33 @@ def _split(sources: np.ndarray, fraction: float, split: str) -> np.ndarray:
     return np.isin(sources, held_out) == (split == "eval")
 
 
-def on_devices(
-    pipeline: Pipeline, sharding: NamedSharding, batch_size: int, start: int = 0, ahead: int = 2
+class Joint:
+    """Batches of videos that also hold images: the two go through the step together.
+
+    An image is a clip of one frame; `image` (N, 1, H, W, 3) is added to the batch of videos.
+    """
+
+    def __init__(self, videos: Pipeline, images: Pipeline) -> None:
+        self._videos, self._images = videos, images
+
+    def describe(self) -> str:
+        """One line for both."""
+        return f"{self._videos.describe()}; images from {self._images.describe()}"
+
+    def shapes(self) -> list[dict[str, jax.ShapeDtypeStruct]]:
+        """Every bucket of videos with every bucket of images."""
+        images = [shapes["video"] for shapes in self._images.shapes()]
+        return [shapes | {"image": image} for shapes in self._videos.shapes() for image in images]
+
+    def on_devices(self, sharding: NamedSharding, start: int = 0) -> Iterator[dict[str, jax.Array]]:
+        """As `Pipeline.on_devices`."""
+        both = zip(*(p.on_devices(sharding, start) for p in (self._videos, self._images)))
+        return (videos | {"image": images["video"]} for videos, images in both)
+
+
+def _on_devices(
+    pipeline: Pipeline, sharding: NamedSharding, batch_size: int, start: int, ahead: int
 ) -> Iterator[dict[str, jax.Array]]:
-    """Batches as global arrays, `ahead` of them under way to the devices; strings are left out."""
     rows = local_rows(sharding, batch_size)
     batches = pipeline.batches(start, rows)
 

@@ -2,8 +2,9 @@
 
 A dataset is a directory that `tfds.builder_from_directory(DIR).as_data_source()` opens. It also
 holds `metadata.json` (shard sizes, label names, fingerprint, whatever the writer adds) and
-`index.npz` (every scalar of every record: buckets are planned without reading a payload). Nothing
-here imports TensorFlow. `prepare` writes `VIDEO_FEATURES`, `encode` writes latents with its own.
+`index.npz` (every scalar of every record: buckets are planned without reading a payload; and every
+record's SHA-256: datasets are joined without reading one). Nothing here imports TensorFlow.
+`prepare` writes `VIDEO_FEATURES`, `encode` writes latents with its own.
 
 **Why JPEG frames.** A training example is a few frames from anywhere in a clip, often with a
 stride, and on a pod the hosts' CPUs run short before the disks do. Measured on 32 real clips, one
@@ -21,7 +22,6 @@ core of an AMD EPYC, 17 frames from a random offset (`benchmarks/record_encoding
 At equal fidelity H.264 is 6 times smaller but decodes 3 to 6 times slower.
 """
 
-import fcntl
 import functools
 import hashlib
 import json
@@ -37,9 +37,11 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from tensorflow_datasets.core import example_serializer
 
+from walt_jax.data.directories import check_free, empty_directory, lock_directory
 from walt_jax.errors import UserError
 
 FORMAT_VERSION = 1
+INDEX = "index.npz"
 
 
 def exact(dtype: type, *shape: int | None) -> tfds.features.Tensor:
@@ -106,8 +108,9 @@ class DatasetWriter:
         self._serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
         self._index_keys = _index_names(features)
         self._shards: dict[int, _Shard] = {}
-        _check_free(self.directory, overwrite)
-        self._lock = _claim(self.partial)
+        check_free(self.directory, overwrite)
+        self._lock = lock_directory(self.partial)
+        empty_directory(self.partial)
 
     def write(self, example: Mapping[str, Any], shard: int = 0) -> None:
         """Appends one example, a value for each feature, to a shard."""
@@ -121,7 +124,24 @@ class DatasetWriter:
     def close_shard(self, shard: int) -> None:
         """Closes a shard's file, if it has one; nothing more can be written to it."""
         if shard in self._shards:
-            self._shards[shard].writer.close()
+            self._shards[shard].close()
+
+    def add(self, dataset: "Dataset") -> None:
+        """Appends the shards of a dataset of the same features, without reading a record.
+
+        Its files are linked, or moved where the file system has no links.
+        """
+        with np.load(dataset.directory / INDEX, allow_pickle=False) as columns:
+            digests = [row.tobytes() for row in columns["digest"]]
+        rows = list(zip(*(dataset.index[k].tolist() for k in self._index_keys)))
+        for entry, stop in zip(dataset.metadata["shards"], dataset._ends):
+            number, part = len(self._shards), slice(stop - entry["records"], stop)
+            shard = _Shard(self.partial / f"shard-{number:05d}", rows[part], digests[part])
+            try:
+                os.link(dataset.directory / entry["file"], shard.path)
+            except OSError:
+                (dataset.directory / entry["file"]).rename(shard.path)
+            self._shards[number] = shard
 
     def __enter__(self) -> "DatasetWriter":
         return self
@@ -129,7 +149,7 @@ class DatasetWriter:
     def __exit__(self, exc_type: type | None, *_: object) -> None:
         try:
             for shard in self._shards.values():
-                shard.writer.close()
+                shard.close()
             if exc_type is None:
                 self._finish()
         finally:
@@ -140,21 +160,23 @@ class DatasetWriter:
         shards = [self._shards[i] for i in sorted(self._shards)]
         if not shards:
             raise UserError(f"no record was written to {self.directory}: check the input.")
-        entries, rows, digests = [], [], hashlib.sha256()
+        entries, rows, digests = [], [], []
         for i, shard in enumerate(shards):
             file = f"{self._name}-train.array_record-{i:05d}-of-{len(shards):05d}"
             path = shard.path.rename(self.partial / file)
             entries.append({"file": file, "records": len(shard.rows), "bytes": path.stat().st_size})
             rows += shard.rows
-            digests.update(b"".join(shard.digests))
+            digests += shard.digests
         columns = {k: np.array(c) for k, c in zip(self._index_keys, zip(*rows))}
-        np.savez(self.partial / "index.npz", **columns)
+        whole = b"".join(digests)
+        columns["digest"] = np.frombuffer(whole, np.uint8).reshape(len(digests), -1)
+        np.savez(self.partial / INDEX, **columns)
         self.metadata |= {"format_version": FORMAT_VERSION, "shards": entries}
-        self.metadata["fingerprint"] = digests.hexdigest()
+        self.metadata["fingerprint"] = hashlib.sha256(whole).hexdigest()
         split = tfds.core.SplitInfo(
             name="train",
             shard_lengths=[e["records"] for e in entries],
-            num_bytes=sum(shard.num_bytes for shard in shards),
+            num_bytes=sum(e["bytes"] for e in entries),
             filename_template=None,
         )
         tfds.folder_dataset.write_metadata(
@@ -262,7 +284,7 @@ class Dataset:
 
     @functools.cached_property
     def index(self) -> dict[str, np.ndarray]:
-        path = self.directory / "index.npz"
+        path = self.directory / INDEX
         names = _index_names(self._features)
         if not path.exists():
             records = [self.read(i) for i in range(len(self))]
@@ -343,20 +365,23 @@ def decode_frames(record: Mapping[str, Any], frame_indices: Sequence[int]) -> np
 
 
 class _Shard:
-    """One file being written, with what the dataset wants to know about its records."""
+    """One file of records, with what the dataset wants to know about them."""
 
-    def __init__(self, path: Path):
-        self.path, self.num_bytes = path, 0
-        self.rows: list[list[float]] = []
-        self.digests: list[bytes] = []
-        # Payloads are compressed already; one record a group makes random access one read.
-        self.writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
+    def __init__(self, path: Path, rows: Iterable[Sequence] = (), digests: Iterable[bytes] = ()):
+        self.path, self.rows, self.digests = path, list(rows), list(digests)
+        self._writer: ArrayRecordWriter | None = None
 
-    def write(self, data: bytes, row: list[float]) -> None:
-        self.writer.write(data)
+    def write(self, data: bytes, row: Sequence) -> None:
+        if self._writer is None:
+            # Payloads are compressed already; one record a group makes random access one read.
+            self._writer = ArrayRecordWriter(str(self.path), "group_size:1,uncompressed")
+        self._writer.write(data)
         self.rows.append(row)
         self.digests.append(hashlib.sha256(data).digest())
-        self.num_bytes += len(data)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
 
 
 def _plain(value: Any) -> Any:
@@ -372,28 +397,3 @@ def _index_names(features: tfds.features.FeaturesDict) -> list[str]:
         for name, info in sorted(features.get_tensor_info().items())
         if name == "source" or (info.shape == () and np.issubdtype(info.np_dtype, np.number))
     ]
-
-
-def _check_free(directory: Path, overwrite: bool) -> None:
-    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
-        return
-    if not (directory / "metadata.json").is_file():
-        raise UserError(f"{directory} exists and is not a dataset: give another --output.")
-    if not overwrite:
-        raise UserError(f"{directory} holds a dataset: give --overwrite or another --output.")
-
-
-def _claim(partial: Path) -> int:
-    """Makes `partial` empty and locks it until this process ends; returns the descriptor."""
-    partial.mkdir(parents=True, exist_ok=True)
-    lock = os.open(partial, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise UserError(f"{partial} is being written by another process: wait for it.") from None
-    except OSError:
-        pass  # file systems without locks
-    for path in partial.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    return lock

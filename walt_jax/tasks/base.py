@@ -32,6 +32,18 @@ class Task(abc.ABC):
     def network(self) -> Network:
         """The network whose parameters are trained."""
 
+    def init(self, key: jax.Array) -> PyTree:
+        """Fresh parameters: a dict of sub-networks."""
+        return self.network.init(key)
+
+    def given(self) -> PyTree:
+        """Sub-networks that a fresh run takes from another one instead of `init`, on the host.
+
+        Raises:
+          UserError: the other run does not fit.
+        """
+        return {}
+
     def prepare(self, workdir: str, dataset: Dataset) -> PyTree:
         """Loads what stays fixed in training (a tokenizer, say), on the host.
 

@@ -18,6 +18,8 @@ class Experiment:
       data: the dataset and how clips are cut from it.
       num_steps: updates.
       batch_size: clips an update, over all devices.
+      images: a dataset whose frames join every batch as images; None for videos alone.
+      image_batch_size: images an update, beside the clips.
       seed: of the parameters, the noise and the order of the data.
       optimizer: AdamW and its schedule, the moving average.
       mesh: devices along each axis.
@@ -33,6 +35,8 @@ class Experiment:
     data: DataConfig
     num_steps: int
     batch_size: int
+    images: DataConfig | None = None
+    image_batch_size: int = 0
     seed: int = 0
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
@@ -45,8 +49,18 @@ class Experiment:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value, least = getattr(self, field.name), 0 if field.name == "preview_every" else 1
+            least = 0 if field.name in ("preview_every", "image_batch_size") else 1
+            value = getattr(self, field.name)
             if isinstance(value, int) and field.name != "seed" and value < least:
                 raise UserError(f"config.{field.name} must be at least {least}, got {value}.")
+        if (self.images is None) == (self.image_batch_size > 0):
+            raise UserError(
+                "config.images and config.image_batch_size come together: set both or neither."
+            )
+        if self.images is not None and self.images.num_frames != 1:
+            raise UserError(
+                f"config.images.num_frames must be 1, got {self.images.num_frames}: images are "
+                "clips of one frame."
+            )
         if not 0 <= self.seed < 2**32:
             raise UserError(f"config.seed must lie in [0, 2**32), got {self.seed}.")

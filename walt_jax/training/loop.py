@@ -16,7 +16,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from walt_jax import config as config_lib
-from walt_jax.data.pipeline import Pipeline, on_devices
+from walt_jax.data.pipeline import Joint, Pipeline
 from walt_jax.data.records import Dataset, open_dataset
 from walt_jax.errors import UserError
 from walt_jax.parallel import Layout, describe, make_mesh, state_shardings
@@ -77,14 +77,19 @@ class _Run:
         self.task, self.layout = experiment.task, Layout(mesh)
         self.batch_sharding = batch_sharding(mesh)
         shards = mesh.shape["data"] * mesh.shape["fsdp"]
-        if experiment.batch_size % shards:
-            raise UserError(
-                f"config.batch_size={experiment.batch_size} must be a multiple of the "
-                f"{shards} devices of the data and fsdp axes."
-            )
+        for name in ("batch_size", "image_batch_size"):
+            if (size := getattr(experiment, name)) % shards:
+                raise UserError(
+                    f"config.{name}={size} must be a multiple of the {shards} devices of the data "
+                    "and fsdp axes."
+                )
         dataset = open_dataset(experiment.data.path)
         make = functools.partial(Pipeline, dataset, batch_size=experiment.batch_size)
         self.data = make(experiment.data, seed=experiment.seed, split="train")
+        if (images := experiment.images) is not None:
+            source, size = open_dataset(images.path), experiment.image_batch_size
+            pipeline = Pipeline(source, images, batch_size=size, seed=experiment.seed)
+            self.data = Joint(self.data, pipeline)
         self.eval_data = None
         if experiment.data.eval_fraction:
             # Threads: an evaluation is over before worker processes would have started.
@@ -121,9 +126,12 @@ class _Run:
         shape = " x ".join(f"{axis} {n}" for axis, n in self.mesh.shape.items())
         self.say(f"{total:,} parameters on {shape} (how they lie: {self.workdir}/{SHARDINGS})")
         create = jax.jit(
-            lambda seed: self.create(jax.random.key(seed)), out_shardings=self.shardings
+            lambda seed, given: self.create(jax.random.key(seed), given),
+            out_shardings=self.shardings,
         )
-        return create(self.key), Progress()
+        given = self.task.given()
+        given = place(given, {name: self.shardings.params[name] for name in given})
+        return create(self.key, given), Progress()
 
     def _step_flops(self, batch: PyTree) -> float:
         """Model FLOPs of a step, forward and backward: three times the forward pass.
@@ -179,7 +187,7 @@ class _Run:
         log = _Log(self, progress, writer)
         first = progress.next_batch
         evaluation = self.evaluate(state, first, writer) if first == 0 else {}
-        batches = on_devices(self.data, self.batch_sharding, experiment.batch_size, first)
+        batches = self.data.on_devices(self.batch_sharding, first)
         with jax.transfer_guard("disallow"):
             for step in range(first, experiment.num_steps):
                 batch = next(batches)
@@ -224,7 +232,7 @@ class _Run:
         return jax.jit(preview, out_shardings=replicated(self.mesh))
 
     def _held_out(self) -> Iterator[dict[str, jax.Array]]:
-        return on_devices(self.eval_data, self.batch_sharding, self.experiment.batch_size)
+        return self.eval_data.on_devices(self.batch_sharding)
 
     def evaluate(self, state: TrainState, step: int, writer: Any) -> dict[str, float]:
         """Mean metrics of the moving average on the same held-out clips at every call."""
@@ -238,7 +246,7 @@ class _Run:
         means = {f"eval/{k}": float(np.mean([r[k] for r in rows])) for k in rows[0]}
         if writer is not None:
             writer.write_scalars(step, means)
-        self.say(f"step {step}: " + "  ".join(f"{k} {v:.4f}" for k, v in means.items()))
+        self.say(f"step {step}: " + "  ".join(metrics_lib.shown(means)))
         return means
 
     def preview(self, state: TrainState, step: int, writer: Any) -> None:
@@ -246,7 +254,7 @@ class _Run:
         data = (
             self._held_out()
             if self.eval_data is not None
-            else on_devices(self.data, self.batch_sharding, self.experiment.batch_size)
+            else self.data.on_devices(self.batch_sharding)
         )
         videos = jax.device_get(self._preview(state, self.frozen, next(data)))
         if writer is not None:
@@ -309,9 +317,8 @@ class _Log:
             scalars = {f"train/{k}": v for k, v in means.items()}
             scalars |= {f"speed/{k}": v for k, v in rates.items()}
             self._writer.write_scalars(step, {**scalars, "speed/core_hours": hours})
-        shown = {"loss": means["loss"], **means}
-        del shown["learning_rate"]
-        self._line(step, rates, shown)
+        del means["learning_rate"]
+        self._line(step, rates, {"loss": means["loss"], **means})
 
     def _rates(self) -> dict[str, float]:
         now, before = self.progress, self._mark

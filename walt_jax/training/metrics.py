@@ -110,12 +110,17 @@ class ProgressLine:
         done = step - self._start
         elapsed = time.monotonic() - self._began
         left = (self._total - step) * elapsed / max(done, 1)
-        shown = [f"{k} {v:.4g}" for k, v in values.items()] + [
-            f"{v:.3g} {k}" for k, v in rates.items()
-        ]
-        line = f"{self._what} {step}/{self._total}  {'  '.join(shown)}  {clock(left)} left"
+        texts = shown(values) + [f"{v:.3g} {k}" for k, v in rates.items()]
+        line = f"{self._what} {step}/{self._total}  {'  '.join(texts)}  {clock(left)} left"
         end = "\r" if sys.stderr.isatty() and step < self._total else "\n"
         print(line, end=end, file=sys.stderr, flush=True)
+
+
+def shown(values: Mapping[str, float]) -> list[str]:
+    """`name value` of each that belongs into a line: parts of a metric (`grad_norm/encoder`) and
+    details (`image/mse`) are for TensorBoard."""
+    split = {k.removeprefix("eval/"): v for k, v in values.items()}
+    return [f"{k} {v:.4g}" for k, v in split.items() if "/" not in k]
 
 
 def clock(seconds: float) -> str:

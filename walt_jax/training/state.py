@@ -34,10 +34,14 @@ class TrainState:
 
     @classmethod
     def create(
-        cls, task: Task, optimizer: optax.GradientTransformation, key: jax.Array
+        cls,
+        task: Task,
+        optimizer: optax.GradientTransformation,
+        key: jax.Array,
+        given: PyTree | None = None,
     ) -> "TrainState":
-        """A fresh state; jit it with out_shardings."""
-        params = task.network.init(key)
+        """A fresh state, with some sub-networks as given; jit it with out_shardings."""
+        params = task.init(key) | (given or {})
         return cls(
             step=jnp.zeros((), jnp.int32),
             params=params,
@@ -68,7 +72,8 @@ def train_step(
     """One update. Randomness is `fold_in(key, step)`: a resumed run draws what a straight one does.
 
     Returns:
-      The next state, and scalars: `loss`, `grad_norm`, `learning_rate` and the task's own.
+      The next state, and scalars: `loss`, `grad_norm` (also of each sub-network), `learning_rate`
+      and the task's own.
     """
     key = jax.random.fold_in(key, state.step)
 
@@ -83,6 +88,7 @@ def train_step(
     metrics |= {
         "loss": loss,
         "grad_norm": optax.global_norm(grads),
+        **{f"grad_norm/{name}": optax.global_norm(part) for name, part in grads.items()},
         "learning_rate": schedule(state.step),
     }
     return TrainState(state.step + 1, params, ema, opt_state, extra), metrics

@@ -1,17 +1,18 @@
 """Loading a trained tokenizer from its run, and keeping a copy with what depends on it."""
 
-import dataclasses
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
 from walt_jax import config as config_lib
 from walt_jax.errors import UserError
-from walt_jax.models import TokenizerConfig
-from walt_jax.models.tokenizer.frozen import FrozenTokenizer
+from walt_jax.models import Params, TokenizerConfig
+from walt_jax.models.tokenizer.frozen import FrozenTokenizer, network
+from walt_jax.parallel.sharding import path_of
 from walt_jax.training.checkpoints import Checkpoints
 
 FOLDER = "tokenizer"
@@ -32,8 +33,20 @@ def load_tokenizer(workdir: str | Path, step: int | None = None) -> FrozenTokeni
     model = config_lib.build(TokenizerConfig, task["model"], f"{workdir}: task.model")
     with Checkpoints(workdir, read_only=True) as checkpoints:
         parts = checkpoints.restore_part(("ema", "extra"), step)
+    shapes = network(model).shapes()
+    params = {name: parts["ema"].get(name) for name in shapes}  # no discriminator
+    if _sizes(params) != _sizes(shapes):
+        raise UserError(
+            f"The checkpoint in {workdir} is of another architecture than its config.json: restore "
+            "the config that it was trained with."
+        )
     extra = parts["extra"]
-    return FrozenTokenizer.create(model, parts["ema"], extra["latent_mean"], extra["latent_square"])
+    return FrozenTokenizer.create(model, params, extra["latent_mean"], extra["latent_square"])
+
+
+def _sizes(params: Params) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {path_of(path): tuple(leaf.shape) for path, leaf in leaves}
 
 
 def find_tokenizer(source: str, workdir: str | Path) -> FrozenTokenizer:
@@ -63,7 +76,7 @@ def keep_tokenizer(tokenizer: FrozenTokenizer, workdir: str | Path) -> None:
 
 def _write(folder: epath.Path, tokenizer: FrozenTokenizer) -> None:
     """Every process calls it; orbax writes once and under a temporary name until it is whole."""
-    about = {"config": dataclasses.asdict(tokenizer.config), "hash": tokenizer.hash}
+    about = {"config": config_lib.to_dict(tokenizer.config), "hash": tokenizer.hash}
     tree = {"params": tokenizer.params, "mean": tokenizer.mean, "std": tokenizer.std}
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         checkpointer.save(

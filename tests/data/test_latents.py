@@ -1,0 +1,260 @@
+"""Cached latents: what the tokenizer says, whoever writes it and however often interrupted."""
+
+import collections
+import math
+import os
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from walt_jax.data.directories import lock_directory
+from walt_jax.data.latents import LATENT_FEATURES, encode_dataset
+from walt_jax.data.pipeline import DataConfig, Pipeline
+from walt_jax.data.records import open_dataset, write_dataset
+from walt_jax.errors import UserError
+from walt_jax.models import TokenizerConfig
+from walt_jax.models.tokenizer.frozen import FrozenTokenizer, network
+from walt_jax.models.tokenizer.quantizers import Identity, Lfq, unpack_codes
+from walt_jax.tasks import to_unit
+
+
+def make_tokenizer(quantizer, latent_channels, seed=0):
+    config = TokenizerConfig(
+        channels=8,
+        multipliers=(1, 1, 1),
+        num_res_blocks=0,
+        temporal_downsample=(False, True),
+        latent_channels=latent_channels,
+        norm_groups=2,
+        quantizer=quantizer,
+        dtype="float32",
+    )
+    params = jax.device_get(network(config).init(jax.random.key(seed)))
+    mean = np.linspace(-0.5, 0.5, latent_channels, dtype=np.float32)
+    return FrozenTokenizer.create(config, params, mean, mean**2 + 0.5)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer(Identity(), 4)
+
+
+@pytest.fixture(scope="module")
+def data(sprite_records):
+    # 24 videos: with 5 clips a batch 5 batches an epoch, the last one with one clip of its own.
+    return DataConfig(path=str(sprite_records), num_frames=5, fps=4.0, sizes=((16, 16),))
+
+
+@pytest.fixture(scope="module")
+def encode(tokenizer, data):
+    def encode(output, tokenizer=tokenizer, data=data, **options):
+        options = {"batch_size": 5, "batches_per_shard": 3, "epochs": 2} | options
+        return encode_dataset(tokenizer, data, output, progress=False, **options)
+
+    return encode
+
+
+@pytest.fixture(scope="module")
+def straight(encode, tmp_path_factory):
+    """Two epochs of 5 batches in shards of 3, 3, 3 and 1."""
+    return encode(tmp_path_factory.mktemp("latents") / "straight")
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """Makes reading stop before a batch, once; notes which batches are read."""
+    read, original = [], Pipeline.batches
+
+    def stop_before(stop):
+        def batches(self, start=0, rows=None):
+            for k, batch in enumerate(original(self, start, rows), start):
+                if k == stop:
+                    raise KeyboardInterrupt
+                read.append(k)
+                yield batch
+
+        read.clear()
+        monkeypatch.setattr(Pipeline, "batches", batches)
+        return read
+
+    return stop_before
+
+
+def clips(data, number, batch_size=5):
+    """The first clips that are encoded, and the names of their videos."""
+    dataset = open_dataset(data.path)
+    pipeline = Pipeline(dataset, data, batch_size=batch_size, seed=0, split="all", shuffle=False)
+    batches = pipeline.batches()
+    video = [next(batches)["video"] for _ in range(math.ceil(number / batch_size))]
+    return np.concatenate(video)[:number], dataset.index["source"][:number]
+
+
+def test_records_hold_what_the_tokenizer_says(straight, tokenizer, data):
+    video, sources = clips(data, 10)
+    expected = np.asarray(jax.jit(lambda x: tokenizer.encode(to_unit(x)))(video))
+    assert expected.shape == (10, 3, 4, 4, 4) and expected.std() > 0.1
+    for i in range(10):
+        record = straight.read(i)
+        np.testing.assert_allclose(record["latents"], expected[i], atol=2e-3, rtol=2e-3)
+        assert record["source"] == sources[i]
+        assert record["tokenizer_hash"] == tokenizer.hash
+        assert (record["num_frames"], record["height"], record["width"]) == (3, 4, 4)
+        assert record["fps"] == 4.0
+
+
+def test_every_epoch_has_every_video_once(straight, data):
+    videos = open_dataset(data.path)
+    for epoch in (slice(None, 24), slice(24, None)):
+        assert collections.Counter(straight.index["source"][epoch]) == collections.Counter(
+            videos.index["source"]
+        )
+    assert [shard["records"] for shard in straight.metadata["shards"]] == [15, 14, 15, 4]
+    first, second = straight.read(0), straight.read(24)
+    assert np.abs(first["latents"] - second["latents"]).max() > 0.01  # clips of another time
+
+
+def test_two_processes_write_the_same(encode, straight, tmp_path, interrupt):
+    """Threads, each with the number of a process: they share nothing but the folder."""
+    read = interrupt(None)
+    output, results = tmp_path / "latents", {}
+
+    def work(index):
+        results[index] = encode(output, process=(index, 2))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    threads[0].start()
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "latents.parts" / "plan.json").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    threads[1].start()
+    for thread in threads:
+        thread.join(60)
+    assert sorted(read) == list(range(10))  # nothing twice
+    assert {len(d) for d in results.values()} == {48}
+    assert {d.fingerprint for d in results.values()} == {straight.fingerprint}
+    for name, column in straight.index.items():
+        np.testing.assert_array_equal(results[0].index[name], column)
+    assert [p.name for p in tmp_path.iterdir()] == ["latents"]
+
+
+def test_resumed_is_straight(encode, straight, tmp_path, interrupt, caplog):
+    output, last = tmp_path / "latents", straight.metadata["shards"][-1]
+    interrupt(8)
+    with pytest.raises(KeyboardInterrupt):
+        encode(output)
+    assert not output.exists()
+    assert sorted(p.name for p in (tmp_path / "latents.parts").glob("0*")) == ["00000", "00001"]
+    # A damaged shard is one that is missing.
+    (damaged,) = (tmp_path / "latents.parts" / "00000").glob("*.array_record-*")
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    read = interrupt(None)
+    with caplog.at_level("INFO", "walt_jax"):
+        resumed = encode(output)
+    assert "goes on: 2 of 4 shards are there" in caplog.text
+    assert read == [0, 1, 2, 6, 7, 8, 9]
+    assert resumed.fingerprint == straight.fingerprint
+    assert resumed.metadata == straight.metadata and last["records"] == 4
+    for i in (0, 14, 15, 47):
+        np.testing.assert_array_equal(resumed.read(i)["latents"], straight.read(i)["latents"])
+    assert [p.name for p in tmp_path.iterdir()] == ["latents"]
+
+
+def test_other_settings_are_refused_and_overwritten(encode, tokenizer, tmp_path, interrupt, data):
+    output = tmp_path / "latents"
+    interrupt(2)
+    with pytest.raises(KeyboardInterrupt):
+        encode(output, seed=5)  # no shard is whole: nothing to go on with
+    interrupt(5)
+    with pytest.raises(KeyboardInterrupt):
+        encode(output)
+    interrupt(None)
+    other = make_tokenizer(Identity(), 4, seed=1)
+    for change, told in (
+        ({"seed": 1}, "seed: 0 -> 1"),
+        ({"epochs": 1}, "epochs: 2 -> 1"),
+        ({"tokenizer": other}, f"tokenizer_hash: '{tokenizer.hash}' -> '{other.hash}'"),
+        ({"data": DataConfig(data.path, 5, 4.0, ((8, 8),))}, r"sizes: [[16, 16]] -> [[8, 8]]"),
+    ):
+        with pytest.raises(UserError) as error:
+            encode(output, **change)
+        assert f"other settings ({told}): give those to go on, --overwrite" in str(error.value)
+    assert len(encode(output, seed=1, epochs=1, overwrite=True)) == 24
+
+
+def test_an_interrupted_overwrite_keeps_the_old_and_goes_on(encode, tmp_path, interrupt):
+    output = tmp_path / "latents"
+    old = encode(output, epochs=1).fingerprint
+    with pytest.raises(UserError, match="holds a dataset"):
+        encode(output, epochs=1)
+    interrupt(5)
+    with pytest.raises(KeyboardInterrupt):
+        encode(output, seed=1, overwrite=True)
+    assert open_dataset(output).fingerprint == old
+    with pytest.raises(UserError, match=r"other settings \(seed: 1 -> 0\)"):
+        encode(output)
+    read = interrupt(None)
+    assert len(encode(output, seed=1)) == 48
+    assert read == list(range(3, 10))
+    assert [p.name for p in tmp_path.iterdir()] == ["latents"]
+
+
+def test_two_runs_at_once_are_refused(encode, tmp_path):
+    lock = lock_directory(tmp_path / "latents.parts")
+    with pytest.raises(UserError, match=r"latents\.parts is being written by another process"):
+        encode(tmp_path / "latents")
+    os.close(lock)
+
+
+def test_what_does_not_fit_leaves_nothing(encode, data, tmp_path):
+    for change, told in (
+        ({"data": DataConfig(data.path, 6, 4.0, ((16, 16),))}, "6 frames does not fit"),
+        ({"data": DataConfig(data.path, 5, 4.0, ((18, 16),))}, "18x16 do not fit"),
+        ({"batches_per_shard": 0}, "must be at least 1"),
+    ):
+        with pytest.raises(UserError, match=told):
+            encode(tmp_path / "latents", **change)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_codes_come_back(encode, data, tmp_path):
+    tokenizer = make_tokenizer(Lfq(), 18)
+    codes = encode(tmp_path / "codes", tokenizer=tokenizer, epochs=1)
+    with pytest.raises(UserError, match="holds latents already"):
+        encode(tmp_path / "again", data=DataConfig(str(tmp_path / "codes")))
+    video, sources = clips(data, 24)
+    said = jax.jit(lambda x: tokenizer.codes(to_unit(x)))(video)
+    latents = jax.jit(lambda x: tokenizer.encode(to_unit(x)))(video)
+    assert np.unique(said).size > 100
+    for i in range(24):
+        record = codes.read(i)
+        assert record["codes"].dtype == np.uint8 and record["codes"].shape == (3 * 4 * 4 * 18 / 8,)
+        np.testing.assert_array_equal(unpack_codes(record["codes"], 18, (3, 4, 4)), said[i])
+    # Read by the trainer: the same codes, and their latents normalised.
+    pipeline = Pipeline(
+        codes, DataConfig(str(codes.directory)), batch_size=24, seed=0, split="all", shuffle=False
+    )
+    batch = next(pipeline.batches())
+    (shapes,) = pipeline.shapes()
+    assert codes.index["source"].tolist() == sources.tolist()
+    assert {k: (v.shape, v.dtype) for k, v in shapes.items()} == {
+        k: (batch[k].shape, batch[k].dtype) for k in ("latents", "codes", "label", "fps")
+    }
+    np.testing.assert_array_equal(batch["codes"], said)
+    np.testing.assert_allclose(batch["latents"], latents, rtol=1e-3)
+    np.testing.assert_allclose(tokenizer.from_codes(batch["codes"]), latents, rtol=1e-5)
+
+
+def test_a_record_of_a_foreign_tokenizer_is_refused(straight, tmp_path):
+    examples = [straight.read(i) for i in range(4)]
+    examples[2]["tokenizer_hash"] = "somebody else's"
+    mixed = write_dataset(tmp_path / "mixed", LATENT_FEATURES, examples, metadata=straight.metadata)
+    batches = Pipeline(
+        mixed, DataConfig(str(mixed.directory)), batch_size=2, seed=0, split="all", shuffle=False
+    ).batches()
+    next(batches)
+    with pytest.raises(UserError, match=r"Record 2 of .*mixed was made by tokenizer somebody"):
+        next(batches)
