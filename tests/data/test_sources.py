@@ -142,6 +142,9 @@ def test_tfds_directory(tmp_path):
     sources = find_sources(f"tfds:{tmp_path}/toy")
     assert names(sources) == ["train/000000", "train/000001", "train/000002"]
     assert [s.label for s in sources] == ["walk", "run", None]
+    assert names(find_sources(f"tfds:{tmp_path}/toy/train")) == names(sources)
+    with pytest.raises(UserError, match="toy/test cannot be opened"):
+        find_sources(f"tfds:{tmp_path}/toy/test")
     assert sources[1].caption == "clip 1"
     reading = sources[1].read(None)
     times, frames = zip(*reading.frames)

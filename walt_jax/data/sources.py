@@ -227,10 +227,7 @@ def _manifest_source(manifest: Path, where: str, row: dict[str, Any]) -> FileSou
 
 def _from_tfds(name: str) -> list[Source]:
     try:
-        if Path(name).is_dir():
-            splits = tfds.builder_from_directory(name).as_data_source()
-        else:
-            splits = tfds.data_source(name)
+        splits = _open_tfds(name)
     except Exception as error:  # TFDS raises whatever it trips over
         raise UserError(
             f"tfds:{name} cannot be opened ({type(error).__name__}: {str(error).splitlines()[0]}): "
@@ -239,6 +236,20 @@ def _from_tfds(name: str) -> list[Source]:
     if not isinstance(splits, dict):
         splits = {"all": splits}
     return [s for split in sorted(splits) for s in _from_tfds_split(name, split, splits[split])]
+
+
+def _open_tfds(name: str) -> Any:
+    """All splits of NAME, or the one of NAME/SPLIT; NAME is a dataset's name or directory."""
+    try:
+        if Path(name).is_dir():
+            return tfds.builder_from_directory(name).as_data_source()
+        return tfds.data_source(name)
+    except Exception:  # TFDS raises whatever it trips over
+        head, _, split = name.rpartition("/")
+        if not head:
+            raise
+        builder = tfds.builder_from_directory(head) if Path(head).is_dir() else tfds.builder(head)
+        return {split: builder.as_data_source(split=split)}
 
 
 def _from_tfds_split(name: str, split: str, examples: Any) -> Iterator[TfdsSource]:
