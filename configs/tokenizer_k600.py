@@ -6,7 +6,7 @@
 
 All but the data and the length is `configs/tokenizer_ucf101.py`'s, whose docstring says more.
 
-Hardware: 128 TPU v5e chips or more (`--config.mesh.fsdp=128`); not run by us at this size.
+Hardware: as there.
 Expect frame prediction's FVD to be bounded by the tokenizer: MAGVIT-v2 reaches 4.3 with its 18-bit
 one (`:lfq`), W.A.L.T 3.3 with the continuous one (the default); neither gives an rFVD on K600.
 Variants: `lfq` quantises to 2^18 codes; `debug` takes a few steps of tiny networks in seconds.
@@ -25,4 +25,5 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.path = "out/k600"
     if arg != "debug":
         config.num_steps = 270_000
+        config.optimizer.warmup_steps = 1500  # an epoch
     return config

@@ -1,16 +1,17 @@
 """The W.A.L.T tokenizer on UCF-101 by MAGVIT-v2's recipe (2312.06662, table 8; 2310.05737).
 
-    python -m walt_jax.prepare --input tfds:ucf101 --output out/ucf101
+    python -m walt_jax.prepare --input tfds:ucf101/train --output out/ucf101
     python -m walt_jax.train --config configs/tokenizer_ucf101.py --workdir out/tokenizer_ucf101 \
         --config.data.path=out/ucf101 --config.task.perceptual.weights=resnet50.safetensors
 
 `docs/weights.md` says how to make the weights' file. To start from a 2D tokenizer trained on
-images, as the paper does, train `configs/tokenizer_imagenet.py:for_video` and add
-`--config.task.init_from=WORKDIR`.
+images, as the paper does, train `configs/tokenizer_imagenet.py:for_video` (for `lfq`:
+`for_video_lfq`) and add `--config.task.init_from=WORKDIR`.
 
-Hardware: 32 TPU v5e chips or more (`--config.mesh.fsdp=32`); not run by us at this size.
-Expect an rFVD near 8.6 on the training set, which is what MAGVIT-v2 reports for its 18-bit
-tokenizer (`:lfq`, table 5c); W.A.L.T gives no figure for its continuous one (the default).
+Hardware: a TPU pod, say `--config.mesh.fsdp=128` for two clips a chip; neither run nor measured by
+us at this size. Warm-up is one epoch, as in MAGVIT's code.
+Expect an rFVD near 8.6 from the 18-bit tokenizer (`lfq`; MAGVIT-v2, table 5c, presumably on the
+training set); W.A.L.T gives no figure for its continuous one (the default).
 Variants: `lfq` quantises to 2^18 codes; `debug` takes a few steps of tiny networks in seconds.
 """
 
@@ -34,7 +35,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.batch_size = 256
     config.optimizer = {
         "learning_rate": 1e-4,
-        "warmup_steps": 500,
+        "warmup_steps": 37,
         "b1": 0.0,
         "b2": 0.99,
         "grad_clip": 0.0,

@@ -22,6 +22,7 @@ class Task(abc.ABC):
     """
 
     registry: ClassVar[dict[str, type["Task"]]] = {}
+    takes_images: ClassVar[bool] = False  # beside the videos of a batch
 
     def __init_subclass__(cls, name: str, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

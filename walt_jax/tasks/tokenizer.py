@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -34,12 +35,15 @@ class TokenizerTask(Task, name="tokenizer"):
       model: sizes.
       l2_weight: weight of the mean squared error over pixels in [-1, 1].
       perceptual: distance of frames by a published network; None turns it off.
-      adversarial: the GAN; None turns it off.
+      adversarial: the GAN, for clips of one size; None turns it off.
       init_from: workdir of a tokenizer to start from; a 2D one is inflated.
       inflation: where the taps of an inflated 2D kernel lie in time.
-      moments_decay: decay of the running moments of the latents, from which encoding takes the
-        mean and std of each channel, and of the running counts of codes.
+      moments_decay: decay of the running moments of the videos' latents, from which encoding takes
+        the mean and std of each channel, and of the running counts of codes. They are those of the
+        weights being trained, which meet the moving average as the learning rate goes to 0.
     """
+
+    takes_images: ClassVar[bool] = True
 
     model: TokenizerConfig = TokenizerConfig()
     l2_weight: float = 5.0
@@ -173,7 +177,7 @@ class TokenizerTask(Task, name="tokenizer"):
         step: jax.Array,
         layout: Layout,
     ) -> tuple[jax.Array, Metrics, jax.Array, jax.Array]:
-        """Loss and metrics of all but the GAN, the latents and the reconstruction."""
+        """Loss and metrics of all but the GAN, the latents encoded, and the reconstruction."""
         model, quantizer = self._bind(params, layout), self.model.quantizer
         h = model.features(x, layout)
         z = quantizer(h, sample_keys(key, x.shape[0]))
@@ -186,7 +190,7 @@ class TokenizerTask(Task, name="tokenizer"):
             frames = (v.reshape(-1, *v.shape[2:]) for v in (x, y))
             distance = self.perceptual.distance(frozen["perceptual"], *frames).mean()
             loss, metrics["perceptual"] = loss + self.perceptual.weight * distance, distance
-        return loss, metrics, z, y
+        return loss, metrics, quantizer(h), y  # as encoding gives them: without noise
 
     def _statistics(self, extra: PyTree, z: jax.Array, step: jax.Array) -> PyTree:
         """Running moments of the latents and counts of the codes; plain means at first."""

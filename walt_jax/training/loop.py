@@ -87,7 +87,11 @@ class _Run:
         make = functools.partial(Pipeline, dataset, batch_size=experiment.batch_size)
         self.data = make(experiment.data, seed=experiment.seed, split="train")
         if (images := experiment.images) is not None:
+            if not self.task.takes_images:
+                raise UserError("config.images is for tokenizers: this task takes no images.")
             source, size = open_dataset(images.path), experiment.image_batch_size
+            if source.metadata.get("kind") == "latents":
+                raise UserError(f"{images.path} holds latents: config.images needs pixels.")
             pipeline = Pipeline(source, images, batch_size=size, seed=experiment.seed)
             self.data = Joint(self.data, pipeline)
         self.eval_data = None
