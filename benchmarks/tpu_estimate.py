@@ -1,0 +1,244 @@
+"""What a function costs on a TPU by the TPU compiler's own estimate, with no TPU attached.
+
+`estimate(function, *arguments, chip="v5e")` compiles for one chip of a topology that is not there
+and adds up the cycles that the compiler wrote beside each instruction of the scheduled program,
+loops multiplied out. Pallas kernels carry no such number: each distinct one is compiled once more
+in a process of its own, in which the compiler walks the kernel's scheduled bundles and writes its
+cycles to a file.
+
+These are estimates, not readings from a chip. Transfers between memories that the schedule does
+not hide are not in them.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from walt_jax.errors import UserError
+
+NOTE = "estimates by the TPU compiler, not readings from a chip"
+KERNEL_SECONDS = 900.0  # the walk of a kernel grows with its grid; beyond this it stays unpriced
+_KERNEL = 'custom_call_target="tpu_custom_call"'
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A kind of TPU: its smallest topology, clock, bf16 FLOPs a cycle and bytes of HBM."""
+
+    topology: str
+    hertz: float
+    flops_per_cycle: int
+    hbm: int
+
+
+CHIPS = {
+    "v5e": Chip("v5e:2x2", 1.5e9, 131_072, 16 * 2**30),
+    "v5p": Chip("v5p:2x2x1", 1.75e9, 262_144, 95 * 2**30),
+    "v6e": Chip("v6e:2x2", 1.75e9, 524_288, 32 * 2**30),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """The compiler's estimate for one chip.
+
+    Attributes:
+      cycles: of the whole program, loops multiplied out.
+      instructions: cycles of each instruction, likewise; kernels among them.
+      unpriced: Pallas kernels whose walk failed or took too long; `cycles` lacks them.
+      arguments, outputs, temporaries: bytes of HBM.
+    """
+
+    cycles: int
+    instructions: dict[str, int]
+    unpriced: tuple[str, ...]
+    arguments: int
+    outputs: int
+    temporaries: int
+
+
+def estimate(function: Callable[..., Any], *arguments: Any, chip: str) -> Estimate:
+    """Prices `function(*arguments)` on one chip.
+
+    Args:
+      function: to be jitted.
+      arguments: trees of arrays or ShapeDtypeStructs.
+      chip: a key of CHIPS.
+
+    Raises:
+      UserError: the TPU compiler is not installed.
+      ValueError: a loop without a constant bound.
+    """
+    exported = jax.export.export(jax.jit(function), platforms=["tpu"])(*arguments)
+    compiled = _compile(exported, chip)
+    counts = _Program(compiled.as_text()).counts()
+    kernels = {i.name: i for i in counts if i.is_kernel}
+    priced = _price_kernels(exported, chip, kernels)
+    cycles = {i.name: n * priced.get(i.name, i.cycles) for i, n in counts.items()}
+    memory = compiled.memory_analysis()
+    return Estimate(
+        cycles=sum(cycles.values()),
+        instructions={name: c for name, c in cycles.items() if c},
+        unpriced=tuple(name for name in kernels if name not in priced),
+        arguments=memory.argument_size_in_bytes,
+        outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+    )
+
+
+def _compile(exported: jax.export.Exported, chip: str) -> jax.stages.Compiled:
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            'The TPU compiler is missing: pip install "jax[tpu]" (Linux on x86-64; no TPU is '
+            "needed) to print its estimates."
+        )
+    # Read when libtpu loads: without them it asks a metadata server for the TPUs of this machine,
+    # and refuses to load beside another process that compiles.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip].topology)
+    device = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device) for a in exported.in_avals]
+    args, kwargs = jax.tree.unflatten(exported.in_tree, shapes)
+    return jax.jit(exported.call).lower(*args, **kwargs).compile()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Instruction:
+    """A line of HLO, `%name = text`."""
+
+    name: str
+    text: str
+
+    @property
+    def is_kernel(self) -> bool:
+        return _KERNEL in self.text
+
+    @property
+    def cycles(self) -> int:
+        found = re.search(r'"estimated_cycles":"(\d+)"', self.text)
+        return int(found[1]) if found else 0
+
+    @property
+    def kernel(self) -> str:
+        """What tells kernels apart: shapes, memories and body, not operands and metadata."""
+        return re.sub(r"%[\w.\-]+|metadata=\{[^}]*\}", "", self.text)
+
+    def called(self, role: str) -> list[str]:
+        """Computations that the instruction names as `role=%name` or `role={%name, %name}`."""
+        found = re.search(rf"\b{role}=(?:\{{([^}}]*)\}}|(%[\w.\-]+))", self.text)
+        return re.findall(r"%([\w.\-]+)", found[1] or found[2]) if found else []
+
+
+class _Program:
+    """The computations of a scheduled HLO module, by name."""
+
+    def __init__(self, text: str) -> None:
+        self.computations: dict[str, list[_Instruction]] = {}
+        for line in text.splitlines():
+            if header := re.match(r"(ENTRY )?%([\w.\-]+) \(.*\{$", line):
+                body = self.computations[header[2]] = []
+                if header[1]:
+                    self.entry = header[2]
+            elif found := re.match(r"  (?:ROOT )?%([\w.\-]+) = (.*)", line):
+                body.append(_Instruction(found[1], found[2]))
+
+    def counts(self) -> Counter[_Instruction]:
+        """How often each priced instruction runs; of a conditional, the costliest branch."""
+        return self._counts(self.entry, 1)
+
+    def _counts(self, computation: str, times: int) -> Counter[_Instruction]:
+        out: Counter[_Instruction] = Counter()
+        for instruction in self.computations[computation]:
+            if " while(" in instruction.text:
+                trips = times * self._trips(instruction)
+                out.update(self._counts(*instruction.called("body"), trips))
+            elif " conditional(" in instruction.text:
+                roles = ("branch_computations", "true_computation", "false_computation")
+                names = [name for role in roles for name in instruction.called(role)]
+                branches = [self._counts(name, times) for name in names]
+                out.update(max(branches, key=lambda b: sum(i.cycles * n for i, n in b.items())))
+            elif " call(" in instruction.text:
+                out.update(self._counts(*instruction.called("to_apply"), times))
+            else:
+                out[instruction] += times
+        return out
+
+    def _trips(self, loop: _Instruction) -> int:
+        condition = self.computations[loop.called("condition")[0]]
+        constants = {
+            i.name: int(c[1]) for i in condition if (c := re.search(r" constant\((\d+)\)", i.text))
+        }
+        for i in condition:
+            compared = re.search(r" compare\(%[\w.\-]+, %([\w.\-]+)\), direction=LT", i.text)
+            if compared and compared[1] in constants:
+                return constants[compared[1]]
+        raise ValueError(f"The loop {loop.name} has no constant bound: its cycles are unknown.")
+
+
+def _price_kernels(
+    exported: jax.export.Exported, chip: str, kernels: dict[str, _Instruction]
+) -> dict[str, int]:
+    """Cycles by name; kernels that failed are left out."""
+    by_kernel: dict[str, int | None] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder) / "program"
+        if kernels:
+            program.write_bytes(exported.serialize())
+        for name, instruction in kernels.items():
+            if instruction.kernel not in by_kernel:
+                by_kernel[instruction.kernel] = _walk(program, chip, name)
+    prices = {name: by_kernel[i.kernel] for name, i in kernels.items()}
+    return {name: price for name, price in prices.items() if price is not None}
+
+
+def _walk(program: Path, chip: str, kernel: str) -> int | None:
+    """Compiles in another process that dumps the static profile of one kernel."""
+    # Walking all instructions takes many minutes, and the option takes one exact name.
+    options = (
+        f"--xla_jf_dump_static_llo_profile_to={program.parent} "
+        f"--xla_jf_dump_only_matching_hlo={kernel}"
+    )
+    environment = dict(os.environ, LIBTPU_INIT_ARGS=options, JAX_PLATFORMS="cpu")
+    command = [sys.executable, "-m", "benchmarks.tpu_estimate", str(program), chip]
+    try:
+        subprocess.run(command, env=environment, timeout=KERNEL_SECONDS, capture_output=True)
+    except subprocess.TimeoutExpired:
+        return None
+    for profile in program.parent.glob("*_static_llo_profile.textproto"):
+        text = profile.read_text()
+        if f'hlo_op_name: "{kernel}"' in text:
+            return int(re.search(r"estimated_cycles: (\d+)", text)[1])
+    return None
+
+
+def peak_share(flops: float, cycles: float, chip: str) -> float:
+    """Share of the chip's bf16 peak (model FLOPs utilisation) by the estimate; nan without one."""
+    return flops / (cycles * CHIPS[chip].flops_per_cycle) if cycles else math.nan
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compiles an exported program for a TPU.")
+    parser.add_argument("program", type=Path)
+    parser.add_argument("chip", choices=CHIPS)
+    args = parser.parse_args()
+    _compile(jax.export.deserialize(args.program.read_bytes()), args.chip)
+
+
+if __name__ == "__main__":
+    main()
