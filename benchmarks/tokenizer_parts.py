@@ -17,7 +17,8 @@ from flax import nnx
 from benchmarks.tpu_estimate import CHIPS, Estimate, estimate, peak_share
 from walt_jax.models import Tokenizer, TokenizerConfig
 from walt_jax.models.build import count
-from walt_jax.models.tokenizer.layers import ResBlock, Whole
+from walt_jax.models.tokenizer.tokenizer import ResBlock
+from walt_jax.models.tokenizer.whole import Whole
 from walt_jax.training.flops import forward_flops
 
 Shape = tuple[int, ...]

@@ -36,7 +36,8 @@ import numpy as np
 from walt_jax import cli
 from walt_jax.errors import UserError
 from walt_jax.models import Network, Tokenizer, TokenizerConfig, count
-from walt_jax.models.tokenizer.layers import CausalConv, Whole
+from walt_jax.models.tokenizer.layers import CausalConv
+from walt_jax.models.tokenizer.whole import Whole
 
 TOLERANCE = 1e-4
 FRAMEWORKS = ("walt_jax", "PyTorch")

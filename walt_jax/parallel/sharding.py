@@ -85,6 +85,31 @@ class Layout:
         """Pins a convolution's (B, T, H, W, C): as tokens, and columns over tensor."""
         return self._pin(x, _PIXELS)
 
+    @property
+    def divides_frames(self) -> bool:
+        """Whether a frame's pixels may lie on several devices."""
+        return self.mesh is not None and any(self.mesh.shape[a] > 1 for a in ("context", "tensor"))
+
+    def by_clip(
+        self, function: Callable[[PyTree, PyTree], jax.Array], clips: PyTree, shared: PyTree
+    ) -> jax.Array:
+        """`function(clips, shared)`, on each device for the clips that it holds.
+
+        Args:
+          function: a kernel that the partitioner cannot divide; each clip by itself.
+          clips: arrays (B, ...), all of one B.
+          shared: arrays that every device takes whole.
+
+        Returns:
+          What the function returns, (B, ...).
+        """
+        if self.mesh is None:
+            return function(clips, shared)
+        spec = _divisible(BATCH, jax.tree.leaves(clips)[0].shape, self.mesh)
+        return jax.shard_map(
+            function, mesh=self.mesh, in_specs=(spec, P()), out_specs=spec, check_vma=False
+        )(clips, shared)
+
     def _pin(self, x: jax.Array, spec: P) -> jax.Array:
         if self.mesh is None:
             return x

@@ -5,14 +5,14 @@ All take and give (B, T, H, W, C) and are causal in time: frame t of the output 
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from walt_jax.parallel import Layout
-
 Triple = tuple[int, int, int]
+EPSILON = 1e-6  # added to variances
 
 
 class CausalConv(nnx.Module):
@@ -51,7 +51,12 @@ class CausalConv(nnx.Module):
 
     def valid(self, x: jax.Array) -> jax.Array:
         """Convolves what is padded already."""
-        y = convolve(x.astype(self.dtype), self.kernel[...].astype(self.dtype), self.strides)
+        return self.add_bias(
+            convolve(x.astype(self.dtype), self.kernel[...].astype(self.dtype), self.strides)
+        )
+
+    def add_bias(self, y: jax.Array) -> jax.Array:
+        """`y`, or `y + bias` where the convolution has one."""
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
@@ -131,30 +136,46 @@ class Statistics:
     variance: jax.Array
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def group_statistics(x: jax.Array, groups: int) -> Statistics:
     """Statistics of each frame alone, over (H, W, channels of a group), in float32.
 
-    Statistics over time would let a frame see later ones.
+    Statistics over time would let a frame see later ones. Only x and the means are kept for the
+    gradient; otherwise float32 copies of x would be.
     """
     y = x.astype(jnp.float32)
     mean = _group_mean(y, groups)
     return Statistics(mean, _group_mean(jnp.square(y - _by_channel(mean, x)), groups))
 
 
-def normalise_groups(
-    x: jax.Array, groups: int, statistics: Statistics | None = None, eps: float = 1e-6
-) -> jax.Array:
+def _keep_means(x: jax.Array, groups: int) -> tuple[Statistics, tuple[jax.Array, jax.Array]]:
+    s = group_statistics(x, groups)
+    return s, (x, s.mean)
+
+
+def _pull_statistics(
+    groups: int, kept: tuple[jax.Array, jax.Array], ds: Statistics
+) -> tuple[jax.Array]:
+    x, mean = kept
+    deviation = x.astype(jnp.float32) - _by_channel(mean, x)
+    dx = _by_channel(ds.mean, x) + 2.0 * _by_channel(ds.variance, x) * deviation
+    return ((dx * (groups / (x.shape[2] * x.shape[3] * x.shape[4]))).astype(x.dtype),)
+
+
+group_statistics.defvjp(_keep_means, _pull_statistics)
+
+
+def normalise_groups(x: jax.Array, groups: int, statistics: Statistics | None = None) -> jax.Array:
     """Zero mean and unit variance a group of each frame; float32.
 
     Args:
       x: (B, T, H, W, C).
       groups: number of groups of channels.
       statistics: of the whole frame where x is a part of it; default: of x.
-      eps: added to the variance.
     """
     s = statistics or group_statistics(x, groups)
     y = x.astype(jnp.float32) - _by_channel(s.mean, x)
-    return y * _by_channel(jax.lax.rsqrt(s.variance + eps), x)
+    return y * _by_channel(jax.lax.rsqrt(s.variance + EPSILON), x)
 
 
 def _group_mean(per_pixel: jax.Array, groups: int) -> jax.Array:
@@ -178,6 +199,13 @@ class GroupNorm(nnx.Module):
     def __call__(self, x: jax.Array, statistics: Statistics | None = None) -> jax.Array:
         y = normalise_groups(x, self.groups, statistics)
         return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+    def affine(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(scale, offset), float32 (B, T, C), by which the norm is `scale * x + offset`."""
+        s = group_statistics(x, self.groups)
+        repeats = x.shape[-1] // self.groups
+        scale = jnp.repeat(jax.lax.rsqrt(s.variance + EPSILON), repeats, axis=-1) * self.scale[...]
+        return scale, self.bias[...] - jnp.repeat(s.mean, repeats, axis=-1) * scale
 
 
 class AdaptiveGroupNorm(nnx.Module):
@@ -237,67 +265,3 @@ def depth_to_space(x: jax.Array, factors: Triple, first: bool = True) -> jax.Arr
     c //= ft * fh * fw
     x = x.reshape(b, t, h, w, ft, fh, fw, c).transpose(0, 1, 4, 2, 5, 3, 6, 7)
     return x.reshape(b, t * ft, h * fh, w * fw, c)[:, ft - 1 if first else 0 :]
-
-
-class Whole:
-    """How layers run over a video: all of it at once, laid out over a mesh.
-
-    The networks call these four functions and nothing else that looks beyond a pixel; running them
-    chunk by chunk (`streaming.py`) or tile by tile (`tiling.py`) takes other such functions.
-
-    Attributes:
-      first: whether the frames at hand begin with the video's first.
-    """
-
-    first = True
-
-    def __init__(self, layout: Layout = Layout()) -> None:  # noqa: B008
-        self.layout = layout
-
-    def convolve(self, conv: CausalConv, x: jax.Array, norm: GroupNorm | None = None) -> jax.Array:
-        """`conv(swish(norm(x)))`, or `conv(x)` without a norm."""
-        if norm is not None:
-            x = nnx.swish(norm(x))
-        return self.layout.pixels(conv.valid(conv.pad_space(self.extend(conv, x))))
-
-    def extend(self, conv: CausalConv, x: jax.Array) -> jax.Array:
-        """Puts the frames that the convolution looks back at before x."""
-        return conv.pad_time(x)
-
-    def normalise(self, norm: AdaptiveGroupNorm, x: jax.Array, z: jax.Array) -> jax.Array:
-        """`norm(x, z)`."""
-        return norm(x, z, first=self.first)
-
-    def enlarge(self, x: jax.Array, factors: Triple) -> jax.Array:
-        """`depth_to_space(x, factors)`."""
-        return self.layout.pixels(depth_to_space(x, factors, self.first))
-
-
-class ResBlock(nnx.Module):
-    """Norm, swish, convolution, twice; a shortcut of one tap where the widths differ."""
-
-    def __init__(
-        self,
-        features_in: int,
-        features: int,
-        groups: int,
-        *,
-        taps: int = 3,
-        dtype: jnp.dtype,
-        rngs: nnx.Rngs,
-    ) -> None:
-        options = {"dtype": dtype, "rngs": rngs}
-        self.norm1 = GroupNorm(features_in, groups)
-        self.conv1 = CausalConv(features_in, features, (taps, 3, 3), **options)
-        self.norm2 = GroupNorm(features, groups)
-        self.conv2 = CausalConv(features, features, (taps, 3, 3), **options)
-        self.shortcut = (
-            None
-            if features_in == features
-            else CausalConv(features_in, features, (1, 1, 1), **options)
-        )
-
-    def __call__(self, x: jax.Array, run: Whole) -> jax.Array:
-        y = run.convolve(self.conv1, x, self.norm1)
-        y = run.convolve(self.conv2, y, self.norm2)
-        return y + (x if self.shortcut is None else run.convolve(self.shortcut, x))

@@ -13,7 +13,8 @@ import numpy as np
 
 from walt_jax.errors import UserError
 from walt_jax.models.tokenizer.frozen import FrozenTokenizer, check_pixels
-from walt_jax.models.tokenizer.layers import CausalConv, Whole
+from walt_jax.models.tokenizer.layers import CausalConv
+from walt_jax.models.tokenizer.whole import Whole
 from walt_jax.parallel import Layout
 
 Caches = tuple[jax.Array, ...]
@@ -27,7 +28,7 @@ class Chunk(Whole):
     """
 
     def __init__(self, layout: Layout, caches: Caches | None) -> None:
-        super().__init__(layout)
+        super().__init__(layout, fused=False)
         self.first = caches is None
         self._caches = iter(caches or ())
         self.kept: list[jax.Array] = []

@@ -25,10 +25,10 @@ from walt_jax.models.tokenizer.layers import (
     GroupNorm,
     Statistics,
     Triple,
-    Whole,
     depth_to_space,
     group_statistics,
 )
+from walt_jax.models.tokenizer.whole import Whole
 
 
 class Tiled(Whole):

@@ -12,10 +12,9 @@ from walt_jax.models.tokenizer.layers import (
     AdaptiveGroupNorm,
     CausalConv,
     GroupNorm,
-    ResBlock,
-    Whole,
 )
 from walt_jax.models.tokenizer.quantizers import Identity, Quantizer
+from walt_jax.models.tokenizer.whole import Whole
 from walt_jax.parallel import Layout
 
 
@@ -35,6 +34,7 @@ class TokenizerConfig:
       quantizer: what lies between encoder and decoder.
       norm_groups: groups of every GroupNorm.
       dtype: what the convolutions compute in; parameters and statistics are float32.
+      remat: whether a residual block keeps only its input for the gradient and runs once more.
     """
 
     channels: int = 128
@@ -46,6 +46,7 @@ class TokenizerConfig:
     quantizer: Quantizer = Identity()
     norm_groups: int = 32
     dtype: str = "bfloat16"
+    remat: bool = False
 
     def __post_init__(self) -> None:
         if len(self.temporal_downsample) != len(self.multipliers) - 1:
@@ -120,6 +121,36 @@ class TokenizerConfig:
         return (frames - 1) // ft + 1, height // fh, width // fw, self.latent_channels
 
 
+class ResBlock(nnx.Module):
+    """Norm, swish, convolution, twice; a shortcut of one tap where the widths differ."""
+
+    def __init__(
+        self,
+        features_in: int,
+        features: int,
+        groups: int,
+        *,
+        taps: int = 3,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ) -> None:
+        options = {"dtype": dtype, "rngs": rngs}
+        self.norm1 = GroupNorm(features_in, groups)
+        self.conv1 = CausalConv(features_in, features, (taps, 3, 3), **options)
+        self.norm2 = GroupNorm(features, groups)
+        self.conv2 = CausalConv(features, features, (taps, 3, 3), **options)
+        self.shortcut = (
+            None
+            if features_in == features
+            else CausalConv(features_in, features, (1, 1, 1), **options)
+        )
+
+    def __call__(self, x: jax.Array, run: Whole) -> jax.Array:
+        y = run.convolve(self.conv1, x, self.norm1)
+        y = run.convolve(self.conv2, y, self.norm2)
+        return y + (x if self.shortcut is None else run.convolve(self.shortcut, x))
+
+
 class Encoder(nnx.Module):
     """Pixels (B, T, H, W, 3) to what the quantizer takes, (B, t, h, w, c)."""
 
@@ -148,7 +179,7 @@ class Encoder(nnx.Module):
     def __call__(self, x: jax.Array, run: Whole) -> jax.Array:
         x = run.convolve(self.conv_in, x)
         for stage in self.stages:
-            x = stage(x, run) if isinstance(stage, ResBlock) else run.convolve(stage, x)
+            x = (run.block if isinstance(stage, ResBlock) else run.convolve)(stage, x)
         return run.convolve(self.conv_out, x, self.norm_out)
 
 
@@ -181,7 +212,7 @@ class Level(nnx.Module):
     def __call__(self, x: jax.Array, z: jax.Array, run: Whole) -> jax.Array:
         x = run.normalise(self.norm, x, z)
         for block in self.blocks:
-            x = block(x, run)
+            x = run.block(block, x)
         return (
             x
             if self.upsample is None
@@ -213,7 +244,7 @@ class Decoder(nnx.Module):
     def __call__(self, z: jax.Array, run: Whole) -> jax.Array:
         x = run.convolve(self.conv_in, z)
         for block in self.blocks:
-            x = block(x, run)
+            x = run.block(block, x)
         for level in self.levels:
             x = level(x, z, run)
         return run.convolve(self.conv_out, x, self.norm_out)
@@ -241,7 +272,7 @@ class Tokenizer(nnx.Module):
           UserError: a number of frames or a size that does not fit.
         """
         self.config.latent_shape(*x.shape[1:4])
-        return self.encoder(layout.pixels(x), Whole(layout)).astype(jnp.float32)
+        return self.encoder(layout.pixels(x), self._run(layout)).astype(jnp.float32)
 
     def encode(self, x: jax.Array, layout: Layout = Layout()) -> jax.Array:  # noqa: B008
         """As `features`, quantised: float32 (..., latent_channels), not normalised."""
@@ -249,4 +280,7 @@ class Tokenizer(nnx.Module):
 
     def decode(self, z: jax.Array, layout: Layout = Layout()) -> jax.Array:  # noqa: B008
         """Latents (B, 1 + n, h, w, latent_channels) to float32 pixels, about [-1, 1]."""
-        return self.decoder(layout.pixels(z), Whole(layout)).astype(jnp.float32)
+        return self.decoder(layout.pixels(z), self._run(layout)).astype(jnp.float32)
+
+    def _run(self, layout: Layout) -> Whole:
+        return Whole(layout, remat=self.config.remat)

@@ -1,0 +1,512 @@
+"""Pallas TPU kernels of the tokenizer's inner loop: `conv(swish(scale * x + offset))` in one pass.
+
+XLA spends more on padding, on the norm's passes and on relayouts than on the arithmetic of a
+residual block. Here some rows of a frame are normalised in VMEM and written three times side by
+side, moved by one column left, not and right with the edges repeated: the taps along a row are then
+one contraction of 3 C channels, and taps in height are offsets of rows. The grid walks through time
+last, so that the copies of the last kt frames stay in a ring and each frame is read once.
+
+The gradient at x is the same walk backwards in time with turned taps; edges, which the forward pass
+repeats, gather the gradients of their repetitions. The gradient at the kernel contracts the copies
+with dy over pixels. `docs/kernels.md` has the figures.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+_LANES = 128
+_VMEM = 64 * 2**20  # bytes of v5p; v5e and v6e have twice that
+_RING = 16 * 2**20  # bytes at most of the ring of copies
+_CHUNK = 512  # pixels that are normalised, or multiplied, at a time
+_SPATIAL = (3, 3)
+
+Grid = tuple[Any, Any, Any, Any]
+Ref = Any
+
+
+def fits(x_shape: Sequence[int], kernel_shape: Sequence[int], dtype: jnp.dtype) -> bool:
+    """Whether the kernels take a convolution of stride 1.
+
+    Args:
+      x_shape: (B, T, H, W, C) on one device.
+      kernel_shape: (kt, kh, kw, C, F).
+      dtype: of both.
+    """
+    taps, *spatial, channels, features = kernel_shape
+    _, _, height, width, _ = x_shape
+    return (
+        tuple(spatial) == _SPATIAL
+        and channels % _LANES == 0
+        and features % _LANES == 0
+        and width % (32 // jnp.dtype(dtype).itemsize) == 0
+        and _rows(height, width, taps, channels, features, dtype) > 0
+    )
+
+
+@jax.custom_vjp
+def causal_conv(
+    x: jax.Array,
+    kernel: jax.Array,
+    scale: jax.Array | None = None,
+    offset: jax.Array | None = None,
+) -> jax.Array:
+    """A causal convolution of stride 1 of `swish(scale * x + offset)`, the edges repeated.
+
+    Time is padded by (kt - 1, 0), height and width by (1, 1). On TPUs, or in Pallas' interpret
+    mode, for shapes that `fits` takes. Nothing but the arguments is kept for the gradient.
+
+    Args:
+      x: (B, T, H, W, C), bfloat16 or float32.
+      kernel: (kt, 3, 3, C, F), of x's dtype.
+      scale, offset: float32 (B, T, C), as a norm gives; both None convolve x itself.
+
+    Returns:
+      (B, T, H, W, F) in x's dtype; swish runs and products are summed in float32.
+    """
+    return _forward(x, kernel, scale, offset)
+
+
+def _save(x: jax.Array, kernel: jax.Array, *affine: jax.Array | None) -> tuple[jax.Array, Any]:
+    return _forward(x, kernel, *affine), (x, kernel, *affine)
+
+
+def _pull(saved: Any, dy: jax.Array) -> tuple[jax.Array | None, ...]:
+    x, kernel, scale, offset = saved
+    dkernel = _kernel_gradient(x, kernel, scale, offset, dy)
+    dx, dscale, doffset = _input_gradient(x, kernel, scale, offset, dy)
+    return dx, dkernel, dscale, doffset
+
+
+causal_conv.defvjp(_save, _pull)
+
+
+def _forward(
+    x: jax.Array, kernel: jax.Array, scale: jax.Array | None, offset: jax.Array | None
+) -> jax.Array:
+    b, t, h, w, c = x.shape
+    taps, features = kernel.shape[0], kernel.shape[-1]
+    block = _block(features)
+    walk = _Walk(_rows(h, w, taps, c, features, x.dtype), h, w)
+    affine = _affine(scale, offset)
+
+    def body(top: Ref, middle: Ref, bottom: Ref, *refs: Ref) -> None:
+        *affine, weights, y, ring = refs
+        frame = pl.program_id(3)
+        _fill(ring, frame, (top, middle, bottom), _activation(affine), _repeated)
+
+        @pl.loop(0, walk.chunks)
+        def _(i: jax.Array) -> None:
+            total = _contract(ring, frame, lambda rows, tap: _dot(rows, weights[tap]), walk, i)
+            y[walk.lines(i)] = walk.lined(total).astype(y.dtype)
+
+    return pl.pallas_call(
+        body,
+        name="causal_conv",
+        out_shape=jax.ShapeDtypeStruct((b, t, h, w, features), x.dtype),
+        grid=(b, features // block, h // walk.rows, t),
+        in_specs=[
+            *walk.with_edges(c),
+            *(walk.vector(c) for _ in affine),
+            pl.BlockSpec((3 * taps, 3 * c, block), lambda b, f, r, t: (0, 0, f)),
+        ],
+        out_specs=walk.block(block),
+        scratch_shapes=[walk.ring(taps, c, x.dtype)],
+        compiler_params=_params("parallel", "parallel", "parallel", "arbitrary"),
+    )(x, x, x, *affine, kernel.reshape(3 * taps, 3 * c, features))
+
+
+def _input_gradient(
+    x: jax.Array,
+    kernel: jax.Array,
+    scale: jax.Array | None,
+    offset: jax.Array | None,
+    dy: jax.Array,
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+    b, t, h, w, c = x.shape
+    taps, features = kernel.shape[0], kernel.shape[-1]
+    rows = _rows(h, w, taps, c, features, x.dtype)
+    walk = _Walk(rows, h, w, lambda b, r, step: (b, 0, r, t - 1 - step))
+    affine = _affine(scale, offset)
+
+    def body(top: Ref, middle: Ref, bottom: Ref, weights: Ref, *refs: Ref) -> None:
+        *refs, ring, total = refs
+        block, step = pl.program_id(1), pl.program_id(2)
+        is_top, is_bottom = block == 0, block == pl.num_programs(1) - 1
+        turned = functools.partial(_turned_dot, weights)
+
+        @pl.when(step == 0)
+        def _() -> None:
+            ring[...] = jnp.zeros_like(ring)
+
+        _fill(ring, step, (top, middle, bottom), lambda rows: rows, _gathered, (is_top, is_bottom))
+
+        # The first frame stands for those before it too: what later frames owe to them is its.
+        @pl.when(step == t - 1)
+        def _() -> None:
+            for tap in reversed(range(taps - 1)):
+                ring[_slot(ring, step, tap)] += ring[_slot(ring, step, tap + 1)]
+
+        @pl.loop(0, walk.chunks)
+        def _(i: jax.Array) -> None:
+            total[walk.pixels(i)] = _contract(ring, step, turned, walk, i)
+
+        # The outermost rows gather what their repetitions received.
+        for is_edge, row, tap in ((is_top, 0, 2), (is_bottom, walk.rows - 1, 0)):
+
+            @pl.when(is_edge)
+            def _(row: int = row, tap: int = tap) -> None:
+                for i in range(taps):
+                    edge = ring[_slot(ring, step, i), pl.ds((row + 1) * w, w)]
+                    total[pl.ds(row * w, w)] += turned(edge, 3 * i + tap)
+
+        if not affine:
+            refs[0][...] = walk.lined(total[...]).astype(x.dtype)
+            return
+        x_ref, scale, offset, dx, dscale, doffset = refs
+        dscale[...], doffset[...] = jnp.zeros_like(dscale), jnp.zeros_like(doffset)
+
+        @pl.loop(0, walk.chunks)
+        def _(i: jax.Array) -> None:
+            rows = x_ref[walk.lines(i)].astype(jnp.float32)
+            u = rows * scale[...] + offset[...]
+            s = jax.nn.sigmoid(u)
+            du = walk.lined(total[walk.pixels(i)]) * s * (1.0 + u * (1.0 - s))
+            dx[walk.lines(i)] = (du * scale[...]).astype(dx.dtype)
+            dscale[...] += (du * rows).sum((0, 1))[None]
+            doffset[...] += du.sum((0, 1))[None]
+
+    here, sums = walk.block(c), walk.sums(c)
+    out = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    of_rows = jax.ShapeDtypeStruct((b, t, h // rows, 1, c), jnp.float32)
+    dx, *partial = pl.pallas_call(
+        body,
+        name="causal_conv_input_gradient",
+        out_shape=[out, of_rows, of_rows] if affine else [out],
+        grid=(b, h // rows, t),
+        in_specs=[
+            *walk.with_edges(features),
+            pl.BlockSpec((9 * taps, c, features), lambda b, r, step: (0, 0, 0)),
+            *([here, walk.vector(c), walk.vector(c)] if affine else []),
+        ],
+        out_specs=[here, sums, sums] if affine else [here],
+        scratch_shapes=[
+            walk.ring(taps, features, dy.dtype),
+            pltpu.VMEM((rows * w, c), jnp.float32),
+        ],
+        compiler_params=_params("parallel", "parallel", "arbitrary"),
+    )(dy, dy, dy, kernel.reshape(9 * taps, c, features), *((x, *affine) if affine else ()))
+    dscale, doffset = (p.sum((2, 3)) for p in partial) if affine else (None, None)
+    return dx, dscale, doffset
+
+
+def _kernel_gradient(
+    x: jax.Array,
+    kernel: jax.Array,
+    scale: jax.Array | None,
+    offset: jax.Array | None,
+    dy: jax.Array,
+) -> jax.Array:
+    b, t, h, w, c = x.shape
+    taps, features = kernel.shape[0], kernel.shape[-1]
+    block = min(_block(features), max(_LANES, features // 2))
+    rows = _rows(h, w, taps, c, features, x.dtype)
+    blocks = b * (h // rows)
+    # Each core of a chip sums its own features, or else its own half of the blocks.
+    halves = 2 if features == block and blocks % 2 == 0 else 1
+
+    def at(half: Any, f: Any, i: Any, t: Any) -> Grid:
+        i = half * (blocks // halves) + i
+        return lax.div(i, h // rows), f, lax.rem(i, h // rows), t
+
+    walk = _Walk(rows, h, w, at)
+    affine = _affine(scale, offset)
+
+    def body(top: Ref, middle: Ref, bottom: Ref, *refs: Ref) -> None:
+        *affine, dy_ref, out, ring, total = refs
+        i, frame = pl.program_id(2), pl.program_id(3)
+        _fill(ring, frame, (top, middle, bottom), _activation(affine), _repeated)
+
+        @pl.when((i == 0) & (frame == 0))
+        def _() -> None:
+            total[...] = jnp.zeros_like(total)
+
+        @pl.loop(0, walk.chunks)
+        def _(i: jax.Array) -> None:
+            error = dy_ref[walk.lines(i)].reshape(-1, block)
+            for tap in range(3 * taps):
+                copies = _taps(ring, frame, walk, i, tap)
+                total[tap] += _dot(copies, error, contract=(0, 0))
+
+        @pl.when((i == pl.num_programs(2) - 1) & (frame == t - 1))
+        def _() -> None:
+            out[...] = total[...].astype(out.dtype)
+
+    dtype = kernel.dtype if halves == 1 else jnp.float32
+    out = pl.pallas_call(
+        body,
+        name="causal_conv_kernel_gradient",
+        out_shape=jax.ShapeDtypeStruct((halves, 3 * taps, 3 * c, features), dtype),
+        grid=(halves, features // block, blocks // halves, t),
+        in_specs=[
+            *walk.with_edges(c),
+            *(walk.vector(c) for _ in affine),
+            walk.block(block),
+        ],
+        out_specs=pl.BlockSpec(
+            (None, 3 * taps, 3 * c, block), lambda half, f, i, t: (half, 0, 0, f)
+        ),
+        scratch_shapes=[
+            walk.ring(taps, c, x.dtype),
+            pltpu.VMEM((3 * taps, 3 * c, block), jnp.float32),
+        ],
+        compiler_params=_params("parallel", "parallel", "arbitrary", "arbitrary"),
+    )(x, x, x, *affine, dy)
+    return out.sum(0).reshape(kernel.shape).astype(kernel.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Walk:
+    """Blocks of rows of frames, in the order of a grid.
+
+    Attributes:
+      rows: of a block.
+      height, width: of a frame.
+      at: what the grid's indices stand for: clip, block of features, block of rows, frame.
+    """
+
+    rows: int
+    height: int
+    width: int
+    at: Callable[..., Grid] = lambda *ids: ids
+
+    @property
+    def chunk(self) -> int:
+        """Rows that are worked on at a time."""
+        return _divisor(self.rows, max(1, _CHUNK // self.width))
+
+    @property
+    def chunks(self) -> int:
+        return self.rows // self.chunk
+
+    def lines(self, i: jax.Array) -> pl.Slice:
+        """Rows of chunk i in (rows, W, C)."""
+        return pl.ds(i * self.chunk, self.chunk)
+
+    def pixels(self, i: jax.Array, row: int = 0) -> pl.Slice:
+        """Pixels of chunk i in (rows x W, C), `row` rows on."""
+        start = pl.multiple_of(i * self.chunk * self.width, 8) + row * self.width
+        return pl.ds(start, self.chunk * self.width)
+
+    def lined(self, pixels: jax.Array) -> jax.Array:
+        """(n x W, C) as (n, W, C)."""
+        return pixels.reshape(-1, self.width, pixels.shape[-1])
+
+    def block(self, channels: int) -> pl.BlockSpec:
+        """Of (B, T, H, W, C): so many of the channels."""
+
+        def index(*ids: Any) -> tuple[Any, ...]:
+            clip, features, block, frame = self.at(*ids)
+            return clip, frame, block, 0, features
+
+        return pl.BlockSpec((None, None, self.rows, self.width, channels), index)
+
+    def with_edges(self, channels: int) -> list[pl.BlockSpec]:
+        """The row above a block, the block and the row below; at the frame's edge its own row."""
+
+        def row(offset: int) -> pl.BlockSpec:
+            def index(*ids: Any) -> tuple[Any, ...]:
+                clip, _, block, frame = self.at(*ids)
+                line = jnp.clip(block * self.rows + offset, 0, self.height - 1)
+                return clip, frame, line, 0, 0
+
+            return pl.BlockSpec((None, None, 1, self.width, channels), index)
+
+        whole = dataclasses.replace(
+            self, at=lambda *ids: (*self.at(*ids)[:1], 0, *self.at(*ids)[2:])
+        )
+        return [row(-1), whole.block(channels), row(self.rows)]
+
+    def vector(self, channels: int) -> pl.BlockSpec:
+        """Of (B, T, 1, C)."""
+
+        def index(*ids: Any) -> tuple[Any, ...]:
+            clip, _, _, frame = self.at(*ids)
+            return clip, frame, 0, 0
+
+        return pl.BlockSpec((None, None, 1, channels), index)
+
+    def sums(self, channels: int) -> pl.BlockSpec:
+        """Of (B, T, blocks of rows, 1, C)."""
+
+        def index(*ids: Any) -> tuple[Any, ...]:
+            clip, _, block, frame = self.at(*ids)
+            return clip, frame, block, 0, 0
+
+        return pl.BlockSpec((None, None, None, 1, channels), index)
+
+    def ring(self, taps: int, channels: int, dtype: jnp.dtype) -> Any:
+        """Copies of the last frames: (taps, (rows + 2) x W, 3 C)."""
+        return pltpu.VMEM((taps, (self.rows + 2) * self.width, 3 * channels), dtype)
+
+
+def _fill(
+    ring: Ref,
+    step: jax.Array,
+    rows: Sequence[Ref],
+    value: Callable[[jax.Array], jax.Array],
+    moved: Callable[[jax.Array], tuple[jax.Array, ...]],
+    absent: Sequence[jax.Array] = (),
+) -> None:
+    """Writes the moved copies of (the row above, a block, the row below) into the step's slot.
+
+    The first frame is written to all slots where the edges repeat. Rows above and below that are
+    `absent` count as zeros.
+    """
+    top, middle, bottom = rows
+    number, width, channels = middle.shape
+    slot = lax.rem(step, ring.shape[0])
+    chunk = _divisor(number, max(1, _CHUNK // width))
+
+    def put(rows: jax.Array, at: Any) -> None:
+        copies = moved(value(rows.astype(jnp.float32)))
+        for i, copy in enumerate(copies):
+            pixels = pl.ds(pl.multiple_of(at * width, 8), copy.shape[0] * width)
+            lanes = pl.ds(i * channels, channels)
+            ring[slot, pixels, lanes] = copy.astype(ring.dtype).reshape(-1, channels)
+
+    def edge(row: Ref, index: int) -> jax.Array:
+        return jnp.where(absent[index], jnp.zeros_like(row), row[...]) if absent else row[...]
+
+    put(edge(top, 0), 0)
+    put(edge(bottom, 1), number + 1)
+
+    @pl.loop(0, number // chunk)
+    def _(i: jax.Array) -> None:
+        put(middle[pl.ds(i * chunk, chunk)], 1 + i * chunk)
+
+    if not absent:
+
+        @pl.when(step == 0)
+        def _() -> None:
+            for other in range(1, ring.shape[0]):
+                ring[other] = ring[0]
+
+
+def _columns(rows: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Of (n, W, C): the columns to the left and right (turned round), and where both ends are."""
+    width = rows.shape[1]
+    column = lax.broadcasted_iota(jnp.int32, rows.shape, 1)
+    left, right = pltpu.roll(rows, 1, 1), pltpu.roll(rows, width - 1, 1)
+    return left, right, column == 0, column == width - 1
+
+
+def _repeated(rows: jax.Array) -> tuple[jax.Array, ...]:
+    """What lies to the left, here and to the right, the edges repeated."""
+    left, right, first, last = _columns(rows)
+    return jnp.where(first, rows, left), rows, jnp.where(last, rows, right)
+
+
+def _gathered(rows: jax.Array) -> tuple[jax.Array, ...]:
+    """The transpose of `_repeated` under turned taps: zeros beyond the edges, which add up."""
+    left, right, first, last = _columns(rows)
+    left = jnp.where(first, 0.0, left) + jnp.where(last, rows, 0.0)
+    right = jnp.where(last, 0.0, right) + jnp.where(first, rows, 0.0)
+    return left, rows, right
+
+
+def _slot(ring: Ref, step: jax.Array, tap: int) -> jax.Array:
+    """Where the copies for a tap in time lie; those of this step are for the last."""
+    return lax.rem(step + 1 + tap, ring.shape[0])
+
+
+def _taps(ring: Ref, step: jax.Array, walk: _Walk, i: jax.Array, tap: int) -> jax.Array:
+    """What a tap in time and height sees of chunk i: (pixels, 3 C)."""
+    return ring[_slot(ring, step, tap // 3), walk.pixels(i, tap % 3)]
+
+
+def _contract(
+    ring: Ref,
+    step: jax.Array,
+    dot: Callable[[jax.Array, int], jax.Array],
+    walk: _Walk,
+    i: jax.Array,
+) -> jax.Array:
+    """The sum over taps in time and height of their products at chunk i: float32 (pixels, n)."""
+    taps = range(3 * ring.shape[0])
+    return functools.reduce(jnp.add, (dot(_taps(ring, step, walk, i, tap), tap) for tap in taps))
+
+
+def _turned_dot(weights: Ref, copies: jax.Array, tap: int) -> jax.Array:
+    """Copies (pixels, 3 F) by the weights (9 kt, C, F), turned in the plane: (pixels, C)."""
+    frame, row = divmod(tap, 3)
+    features = weights.shape[-1]
+    return functools.reduce(
+        jnp.add,
+        (
+            _dot(
+                copies[:, i * features : (i + 1) * features],
+                weights[9 * frame + 3 * (2 - row) + 2 - i],
+                (1, 1),
+            )
+            for i in range(3)
+        ),
+    )
+
+
+def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.Array:
+    dimensions = (((contract[0],), (contract[1],)), ((), ()))
+    return lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
+
+
+def _activation(affine: Sequence[Ref]) -> Callable[[jax.Array], jax.Array]:
+    if not affine:
+        return lambda rows: rows
+    scale, offset = (ref[...] for ref in affine)
+    return lambda rows: jax.nn.swish(rows * scale + offset)
+
+
+def _affine(*vectors: jax.Array | None) -> list[jax.Array]:
+    return [v[:, :, None] for v in vectors if v is not None]
+
+
+def _block(features: int) -> int:
+    """Features that a step of the grid gives."""
+    return 2 * _LANES if features % (2 * _LANES) == 0 else _LANES
+
+
+def _rows(
+    height: int, width: int, taps: int, channels: int, features: int, dtype: jnp.dtype
+) -> int:
+    """Rows of a block, as many as VMEM holds and half of a frame at most; 0: none.
+
+    One choice serves the pass forward and both gradients. Halves are for chips of two cores.
+    """
+    size, wide = jnp.dtype(dtype).itemsize, max(channels, features)
+
+    def held(rows: int) -> tuple[int, int]:
+        copies = 3 * taps * (rows + 2) * width * wide * size
+        moving = rows * width * (4 * size * (channels + features) + 4 * channels)
+        weights = 2 * 9 * taps * channels * features * size
+        return copies, copies + moving + weights
+
+    for rows in range(max(1, height // 2), 0, -1):
+        copies, total = held(rows)
+        if height % rows == 0 and copies <= _RING and total <= _VMEM * 7 // 8:
+            return rows
+    return 0
+
+
+def _divisor(number: int, most: int) -> int:
+    return next(d for d in range(min(number, most), 0, -1) if number % d == 0)
+
+
+def _params(*semantics: str) -> pltpu.CompilerParams:
+    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=_VMEM)
