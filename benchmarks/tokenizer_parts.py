@@ -7,6 +7,7 @@ parts is missing from such a sum.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from benchmarks.tpu_estimate import CHIPS, Estimate, estimate, peak_share
+from walt_jax.kernels.causal_conv import block_rows, causal_conv, fits
 from walt_jax.models import Tokenizer, TokenizerConfig
 from walt_jax.models.build import count
 from walt_jax.models.tokenizer.tokenizer import ResBlock
@@ -64,9 +66,29 @@ class Part:
         return forward_flops(self.function, *self.arguments)
 
     def price(self, passes: str, chip: str) -> Estimate:
-        """The estimate for 'forward' or 'forward + backward'."""
+        """The estimate for 'forward' or 'forward + backward', that of Pallas kernels included."""
+        whole = self._estimate(passes, chip)
+        frames, height, width = self.input[:3]
+        convolutions = [
+            kernel.shape
+            for kernel in jax.tree.leaves(self.arguments[0])
+            if kernel.ndim == 5 and fits(self.arguments[1].shape, kernel.shape, jnp.bfloat16)
+        ]
+        if not whole.unpriced:
+            return whole
+        if len(whole.unpriced) != len(convolutions) * (1 if passes == "forward" else 3):
+            raise ValueError(f"{self.name}: the kernels {whole.unpriced} are not known.")
+        kernels = sum(
+            kernel_cycles((frames, height, width), shape, self.name == RESIDUAL, passes, chip)
+            for shape in convolutions
+        )
+        return dataclasses.replace(
+            whole, cycles=whole.cycles + kernels, kernels=kernels, unpriced=()
+        )
+
+    def _estimate(self, passes: str, chip: str) -> Estimate:
         if passes == "forward":
-            return estimate(self.function, *self.arguments, chip=chip)
+            return estimate(self.function, *self.arguments, chip=chip, walk=False)
 
         def both(dy: jax.Array, params: Any, *inputs: jax.Array) -> tuple[jax.Array, Any]:
             if self.reads_pixels:
@@ -75,15 +97,61 @@ class Part:
                 y, pull = jax.vjp(self.function, params, *inputs)
             return y, pull(dy)
 
-        return estimate(both, self.output, *self.arguments, chip=chip)
+        return estimate(both, self.output, *self.arguments, chip=chip, walk=False)
 
 
-def tokenizer_parts(config: TokenizerConfig, video: tuple[int, int, int]) -> list[Part]:
+@functools.cache
+def kernel_cycles(
+    video: tuple[int, int, int], kernel: Shape, affine: bool, passes: str, chip: str
+) -> int:
+    """Cycles of one convolution's Pallas kernels, one or three.
+
+    The compiler prices a kernel by walking through its grid, which takes long. So 2 and 3 frames of
+    two blocks of rows are priced: every further frame, and all other rows, are the same work.
+
+    Args:
+      video: frames, height and width.
+      kernel: shape of the convolution's kernel.
+      affine: whether a norm and swish are before it.
+      passes: 'forward' or 'forward + backward'.
+      chip: a key of CHIPS.
+
+    Raises:
+      ValueError: the compiler gave a kernel no price.
+    """
+    frames, height, width = video
+    taps, _, _, channels, features = kernel
+    rows = 2 * block_rows(height, width, taps, channels, features, jnp.bfloat16)
+
+    def price(frames: int) -> int:
+        x = jax.ShapeDtypeStruct((1, frames, rows, width, channels), jnp.bfloat16)
+        dy = jax.ShapeDtypeStruct((*x.shape[:-1], features), jnp.bfloat16)
+        vector = jax.ShapeDtypeStruct((1, frames, channels), jnp.float32)
+        arguments = [x, jax.ShapeDtypeStruct(kernel, jnp.bfloat16), *[vector, vector] * affine]
+        steps = [estimate(causal_conv, *arguments, chip=chip)]
+        if passes != "forward":
+
+            def backward(dy: jax.Array, *arguments: jax.Array) -> tuple[jax.Array, ...]:
+                return jax.vjp(causal_conv, *arguments)[1](dy)
+
+            steps.append(estimate(backward, dy, *arguments, chip=chip))
+        if any(step.unpriced for step in steps):
+            raise ValueError(f"No price of {kernel} on {chip}: {[s.unpriced for s in steps]}.")
+        return sum(step.kernels for step in steps)
+
+    two, three = price(2), price(3)
+    return round((two + (three - two) * (frames - 2)) * height / rows)
+
+
+def tokenizer_parts(
+    config: TokenizerConfig, video: tuple[int, int, int], fused: bool | None = None
+) -> list[Part]:
     """The distinct parts of encode and decode of one clip, in order of their first use.
 
     Args:
       config: sizes.
       video: frames, height and width.
+      fused: False leaves the Pallas kernels out.
 
     Raises:
       UserError: a number of frames or a size that does not fit the tokenizer.
@@ -96,7 +164,7 @@ def tokenizer_parts(config: TokenizerConfig, video: tuple[int, int, int]) -> lis
         graphdef, state = nnx.split(modules)
 
         def function(params: Any, *inputs: jax.Array, graphdef=graphdef, call=call) -> jax.Array:
-            return call(nnx.merge(graphdef, params), Whole(), *inputs)
+            return call(nnx.merge(graphdef, params), Whole(fused=fused), *inputs)
 
         x = z if name == "decoder's first convolution" else x
         inputs = (x, z) if name == "AdaGN" else (x,)

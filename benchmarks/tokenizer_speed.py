@@ -47,7 +47,8 @@ Record = dict[str, Any]
 def main() -> None:
     args = _arguments()
     records = []
-    for record in price(args.chips, args.videos, args.levels) if args.tpu else compare(args):
+    new = price(args.chips, args.videos, args.levels, args.plain) if args.tpu else compare(args)
+    for record in new:
         records.append(record)
         if args.json:
             args.json.write_text(json.dumps(records, indent=1) + "\n")
@@ -68,6 +69,7 @@ def _arguments() -> argparse.Namespace:
     tpu = parser.add_argument_group("the TPU compiler's estimates")
     tpu.add_argument("--tpu", action="store_true")
     tpu.add_argument("--levels", action="store_true", help="the residual block of each level alone")
+    tpu.add_argument("--plain", action="store_true", help="without our kernels, to compare")
     tpu.add_argument("--chips", nargs="+", default=["v5e", "v5p"], choices=("v5e", "v5p", "v6e"))
     videos = [(17, 128, 128), (17, 512, 896)]
     tpu.add_argument("--videos", type=_video, nargs="+", default=videos, metavar="TxHxW")
@@ -253,7 +255,9 @@ def _setting(args: argparse.Namespace, dtype: str, params: int, torch: Any) -> s
     )
 
 
-def price(chips: list[str], videos: list[tuple[int, int, int]], levels: bool) -> Iterator[Record]:
+def price(
+    chips: list[str], videos: list[tuple[int, int, int]], levels: bool, plain: bool
+) -> Iterator[Record]:
     """Prints and gives the TPU compiler's estimates.
 
     Raises:
@@ -265,7 +269,7 @@ def price(chips: list[str], videos: list[tuple[int, int, int]], levels: bool) ->
 
     print(f"{NOTE}; one clip a chip, bfloat16, each distinct part by itself and summed by count")
     for video in videos:
-        parts = tokenizer.tokenizer_parts(TokenizerConfig(), video)
+        parts = tokenizer.tokenizer_parts(TokenizerConfig(), video, False if plain else None)
         for chip in chips:
             print(f"\n{'x'.join(map(str, video))} on {chip}: Mcycles of one and share of peak")
             header = "".join(f"{p:>22}" for p in tokenizer.PASSES)

@@ -58,25 +58,30 @@ class Estimate:
     Attributes:
       cycles: of the whole program, loops multiplied out.
       instructions: cycles of each instruction, likewise; kernels among them.
+      kernels: cycles of the Pallas kernels among them.
       unpriced: Pallas kernels whose walk failed or took too long; `cycles` lacks them.
       arguments, outputs, temporaries: bytes of HBM.
     """
 
     cycles: int
     instructions: dict[str, int]
+    kernels: int
     unpriced: tuple[str, ...]
     arguments: int
     outputs: int
     temporaries: int
 
 
-def estimate(function: Callable[..., Any], *arguments: Any, chip: str) -> Estimate:
+def estimate(
+    function: Callable[..., Any], *arguments: Any, chip: str, walk: bool = True
+) -> Estimate:
     """Prices `function(*arguments)` on one chip.
 
     Args:
       function: to be jitted.
       arguments: trees of arrays or ShapeDtypeStructs.
       chip: a key of CHIPS.
+      walk: whether to price Pallas kernels; their time grows with their grids.
 
     Raises:
       UserError: the TPU compiler is not installed.
@@ -86,12 +91,13 @@ def estimate(function: Callable[..., Any], *arguments: Any, chip: str) -> Estima
     compiled = _compile(exported, chip)
     counts = _Program(compiled.as_text()).counts()
     kernels = {i.name: i for i in counts if i.is_kernel}
-    priced = _price_kernels(exported, chip, kernels)
+    priced = _price_kernels(exported, chip, kernels) if walk else {}
     cycles = {i.name: n * priced.get(i.name, i.cycles) for i, n in counts.items()}
     memory = compiled.memory_analysis()
     return Estimate(
         cycles=sum(cycles.values()),
         instructions={name: c for name, c in cycles.items() if c},
+        kernels=sum(c for name, c in cycles.items() if name in kernels),
         unpriced=tuple(name for name in kernels if name not in priced),
         arguments=memory.argument_size_in_bytes,
         outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
@@ -191,19 +197,21 @@ class _Program:
         raise ValueError(f"The loop {loop.name} has no constant bound: its cycles are unknown.")
 
 
+_PRICES: dict[tuple[str, str], int | None] = {}
+
+
 def _price_kernels(
     exported: jax.export.Exported, chip: str, kernels: dict[str, _Instruction]
 ) -> dict[str, int]:
     """Cycles by name; kernels that failed are left out."""
-    by_kernel: dict[str, int | None] = {}
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "program"
         if kernels:
             program.write_bytes(exported.serialize())
         for name, instruction in kernels.items():
-            if instruction.kernel not in by_kernel:
-                by_kernel[instruction.kernel] = _walk(program, chip, name)
-    prices = {name: by_kernel[i.kernel] for name, i in kernels.items()}
+            if (chip, instruction.kernel) not in _PRICES:
+                _PRICES[chip, instruction.kernel] = _walk(program, chip, name)
+    prices = {name: _PRICES[chip, i.kernel] for name, i in kernels.items()}
     return {name: price for name, price in prices.items() if price is not None}
 
 
@@ -223,7 +231,7 @@ def _walk(program: Path, chip: str, kernel: str) -> int | None:
     for profile in program.parent.glob("*_static_llo_profile.textproto"):
         text = profile.read_text()
         if f'hlo_op_name: "{kernel}"' in text:
-            return int(re.search(r"estimated_cycles: (\d+)", text)[1])
+            return int(re.search(r"estimated_cycles: (\d+)", text)[1]) or None
     return None
 
 

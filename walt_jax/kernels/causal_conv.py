@@ -24,7 +24,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 _LANES = 128
 _VMEM = 64 * 2**20  # bytes of v5p; v5e and v6e have twice that
-_RING = 16 * 2**20  # bytes at most of the ring of copies
+_PIXELS = 2048  # of a block, or 4 rows
 _CHUNK = 512  # pixels that are normalised, or multiplied, at a time
 _SPATIAL = (3, 3)
 
@@ -47,7 +47,7 @@ def fits(x_shape: Sequence[int], kernel_shape: Sequence[int], dtype: jnp.dtype) 
         and channels % _LANES == 0
         and features % _LANES == 0
         and width % (32 // jnp.dtype(dtype).itemsize) == 0
-        and _rows(height, width, taps, channels, features, dtype) > 0
+        and block_rows(height, width, taps, channels, features, dtype) > 0
     )
 
 
@@ -94,7 +94,7 @@ def _forward(
     b, t, h, w, c = x.shape
     taps, features = kernel.shape[0], kernel.shape[-1]
     block = _block(features)
-    walk = _Walk(_rows(h, w, taps, c, features, x.dtype), h, w)
+    walk = _Walk(block_rows(h, w, taps, c, features, x.dtype), h, w)
     affine = _affine(scale, offset)
 
     def body(top: Ref, middle: Ref, bottom: Ref, *refs: Ref) -> None:
@@ -132,7 +132,7 @@ def _input_gradient(
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
     b, t, h, w, c = x.shape
     taps, features = kernel.shape[0], kernel.shape[-1]
-    rows = _rows(h, w, taps, c, features, x.dtype)
+    rows = block_rows(h, w, taps, c, features, x.dtype)
     walk = _Walk(rows, h, w, lambda b, r, step: (b, 0, r, t - 1 - step))
     affine = _affine(scale, offset)
 
@@ -217,7 +217,7 @@ def _kernel_gradient(
     b, t, h, w, c = x.shape
     taps, features = kernel.shape[0], kernel.shape[-1]
     block = min(_block(features), max(_LANES, features // 2))
-    rows = _rows(h, w, taps, c, features, x.dtype)
+    rows = block_rows(h, w, taps, c, features, x.dtype)
     blocks = b * (h // rows)
     # Each core of a chip sums its own features, or else its own half of the blocks.
     halves = 2 if features == block and blocks % 2 == 0 else 1
@@ -482,26 +482,25 @@ def _block(features: int) -> int:
     return 2 * _LANES if features % (2 * _LANES) == 0 else _LANES
 
 
-def _rows(
+def block_rows(
     height: int, width: int, taps: int, channels: int, features: int, dtype: jnp.dtype
 ) -> int:
-    """Rows of a block, as many as VMEM holds and half of a frame at most; 0: none.
+    """Rows of a frame that a step of the grid holds; 0 where VMEM does not hold one.
 
-    One choice serves the pass forward and both gradients. Halves are for chips of two cores.
+    One choice serves the pass forward and both gradients. Half a frame at most is for chips of two
+    cores.
     """
     size, wide = jnp.dtype(dtype).itemsize, max(channels, features)
 
-    def held(rows: int) -> tuple[int, int]:
+    def held(rows: int) -> int:
         copies = 3 * taps * (rows + 2) * width * wide * size
         moving = rows * width * (4 * size * (channels + features) + 4 * channels)
         weights = 2 * 9 * taps * channels * features * size
-        return copies, copies + moving + weights
+        return copies + moving + weights
 
-    for rows in range(max(1, height // 2), 0, -1):
-        copies, total = held(rows)
-        if height % rows == 0 and copies <= _RING and total <= _VMEM * 7 // 8:
-            return rows
-    return 0
+    most = min(max(1, height // 2), max(4, _PIXELS // width))
+    divisors = (rows for rows in range(most, 0, -1) if height % rows == 0)
+    return next((rows for rows in divisors if held(rows) <= _VMEM * 7 // 8), 0)
 
 
 def _divisor(number: int, most: int) -> int:
