@@ -1,7 +1,7 @@
 """The W.A.L.T tokenizer for text to video: joint training on videos and images (2312.06662).
 
     python -m walt_jax.prepare --input videos --output out/videos
-    python -m walt_jax.prepare --input 'images/*.jpg' --output out/images
+    python -m walt_jax.prepare --input images --output out/images
     python -m walt_jax.train --config configs/tokenizer_t2v.py --workdir out/tokenizer_t2v \
         --config.data.path=out/videos --config.images.path=out/images \
         --config.task.perceptual.weights=resnet50.safetensors

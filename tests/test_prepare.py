@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
@@ -148,6 +149,23 @@ def test_single_frame(tmp_path):
     record = records.open_dataset(tmp_path / "out").read(0)
     assert (record["num_frames"], record["fps"], record["duration"]) == (1, 1.0, 1.0)
     assert record["timestamps"].tolist() == [0.0]
+
+
+def test_folder_of_images(tmp_path):
+    for name in ("n01/a.JPEG", "n02/b.png"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True)
+        cv2.imwrite(str(tmp_path / "in" / name), np.full((32, 48, 3), 99, np.uint8))
+    (tmp_path / "in" / "n02" / "c.jpg").write_text("no image")
+    report = prepare_dataset(
+        tmp_path / "in", tmp_path / "out", short_side=16, label_from_folder=True
+    )
+    dataset = records.open_dataset(tmp_path / "out")
+    assert dataset.index["label"].tolist() == [0, 1]
+    assert dataset.index["num_frames"].tolist() == [1, 1]
+    assert dataset.index["width"].tolist() == [24, 24]
+    (skipped,) = report.skipped
+    assert skipped["source"] == "n02/c.jpg" and "as an image" in skipped["reason"]
+    np.testing.assert_allclose(records.decode_frames(dataset.read(1), [0]), 99, atol=1)
 
 
 def test_kill_leaves_nothing_complete(tmp_path):

@@ -1,10 +1,10 @@
-"""Videos to records.
+"""Videos and images to records.
 
     python -m walt_jax.prepare --input PATH --output DIR [--short-side 128] [--label-from-folder]
 
 Takes a folder (searched recursively), a file, a glob, a CSV or JSONL manifest (path, caption,
-label, start, end; paths relative to the manifest) or tfds:NAME. Files that cannot be decoded are
-skipped and named with their reason in DIR/report.json.
+label, start, end; paths relative to the manifest) or tfds:NAME. An image becomes a video of one
+frame. Files that cannot be decoded are skipped and named with their reason in DIR/report.json.
 """
 
 import argparse

@@ -3,6 +3,8 @@
 import collections
 import math
 import os
+import pathlib
+import shutil
 import threading
 import time
 
@@ -200,6 +202,34 @@ def test_an_interrupted_overwrite_keeps_the_old_and_goes_on(encode, tmp_path, in
     assert len(encode(output, seed=1)) == 48
     assert read == list(range(3, 10))
     assert [p.name for p in tmp_path.iterdir()] == ["latents"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_killed_between_joining_and_cleaning_up(
+    encode, tmp_path, interrupt, monkeypatch, overwrite
+):
+    """The dataset is there already, and so are its parts: the same command is done at once."""
+    output = tmp_path / "latents"
+    if overwrite:
+        encode(output, seed=1, epochs=1)
+    unlink = pathlib.Path.unlink
+
+    def killed(path, *args, **kwargs):
+        if path.name == "plan.json":
+            raise KeyboardInterrupt
+        unlink(path, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pathlib.Path, "unlink", killed)
+        encode(output, overwrite=overwrite)
+    fingerprint = open_dataset(output).fingerprint
+    assert (tmp_path / "latents.parts" / "plan.json").exists()
+    shutil.rmtree(tmp_path / "latents.parts" / "00000")  # as where files are moved, not linked
+    read = interrupt(None)
+    assert encode(output).fingerprint == fingerprint
+    assert read == [] and [p.name for p in tmp_path.iterdir()] == ["latents"]
+    with pytest.raises(UserError, match="holds a dataset"):
+        encode(output)
 
 
 def test_two_runs_at_once_are_refused(encode, tmp_path):

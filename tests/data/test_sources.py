@@ -14,7 +14,8 @@ from walt_jax.errors import UserError
 
 @pytest.fixture
 def folder(tmp_path):
-    for name in ("b/two.mp4", "a/one.MKV", "a/deep/three.webm", "a/notes.txt", "a/._one.mkv"):
+    videos = ("b/two.mp4", "a/one.MKV", "a/deep/three.webm")
+    for name in (*videos, "a/notes.txt", "a/._one.mkv", "a/._four.jpg"):
         path = tmp_path / "videos" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"x")
@@ -44,6 +45,15 @@ def test_folder_and_labels(folder):
         labels(label_from_name=True, label_from_folder=True)
 
 
+def test_images_are_found_beside_videos(folder):
+    for name in ("b/four.JPEG", "c/five.png"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
+    found = find_sources(folder, label_from_folder=True)
+    assert names(found)[2:] == ["b/four.JPEG", "b/two.mp4", "c/five.png"]
+    assert [s.label for s in found[2:]] == ["b", "b", "c"]
+
+
 def test_glob_and_file(folder):
     assert names(find_sources(f"{folder}/*/*.[mM]*")) == ["a/one.MKV", "b/two.mp4"]
     assert names(find_sources(f"{folder}/**/*.webm")) == ["a/deep/three.webm"]
@@ -55,7 +65,7 @@ def test_nothing_there(folder):
         find_sources(folder / "absent")
     for nothing in (f"{folder}/*.mp4", folder / "empty"):
         (folder / "empty").mkdir(exist_ok=True)
-        with pytest.raises(UserError, match="holds no video"):
+        with pytest.raises(UserError, match="holds no video or image"):
             find_sources(nothing)
 
 

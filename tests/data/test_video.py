@@ -9,6 +9,7 @@ import av
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from walt_jax import media
 from walt_jax.data import video
@@ -152,6 +153,33 @@ def test_display_matrix(tmp_path, name):
     frame = video.read_video(path).frames[0]
     assert frame.shape == ((64, 96, 3) if b == 0 else (96, 64, 3))
     assert_corners(frame, *expected)
+
+
+# EXIF's orientations, by what has to be done to the stored image.
+EXIF = dict(
+    enumerate(["none", "mirror", "180", "upside down", "transpose", "clockwise 90"], start=1)
+) | {8: "clockwise 270"}
+
+
+@pytest.mark.parametrize("orientation", EXIF)
+def test_images_stand_upright(tmp_path, orientation):
+    exif, expected = Image.Exif(), ORIENTATIONS[EXIF[orientation]][1]
+    exif[0x112] = orientation
+    Image.fromarray(quadrants()).save(tmp_path / "a.jpg", quality=95, exif=exif)
+    assert_corners(video.read_image(tmp_path / "a.jpg"), *expected)
+    assert min(video.read_image(tmp_path / "a.jpg", 16).shape[:2]) == 16
+    if orientation in (1, 3, 6, 8):  # FFmpeg's rotation knows no mirror
+        assert_corners(video.read_video(tmp_path / "a.jpg").frames[0], *expected)
+
+
+@pytest.mark.parametrize("suffix", sorted(video.IMAGES))
+def test_every_kind_of_image(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    Image.fromarray(quadrants()).save(path)
+    assert_corners(video.read_image(path), RED, GREEN, BLUE, WHITE)
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(UserError, match=rf"a\{suffix} cannot be decoded as an image"):
+        video.read_image(path)
 
 
 @pytest.mark.parametrize("aspect, size", [(Fraction(2), (32, 96)), (Fraction(1, 2), (64, 48))])

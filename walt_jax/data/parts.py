@@ -3,7 +3,7 @@
 While DIRECTORY is being written, each part is a small dataset of one shard in the sibling folder
 `DIRECTORY.parts`, which appears under its name only when it is whole; `plan.json` beside the parts
 holds the settings that they depend on. When all are there, the first process joins them and removes
-the folder.
+the folder. The dataset keeps a copy of the plan: a folder whose plan it has needs only be removed.
 """
 
 import json
@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from walt_jax.data.records import Dataset, DatasetWriter, open_dataset
 from walt_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
+_PLAN = "plan.json"
 _MESSAGE = 2**16  # bytes; what is broadcast has one shape on all processes
 
 
@@ -61,7 +63,7 @@ class Parts:
         """
         self.directory = Path(directory).absolute()
         self._folder = self.directory.with_name(self.directory.name + ".parts")
-        self._plan = self._folder / "plan.json"
+        self._plan = self._folder / _PLAN
         self._features, self._overwrite = features, overwrite
         self._settings = json.loads(json.dumps(settings))  # as they come back: lists for tuples
         self._paths = [self._folder / f"{i:05d}" for i in range(num_parts)]
@@ -74,13 +76,13 @@ class Parts:
 
         Every process raises what the first one does.
         """
-        self._lock, error = None, ""
+        self._lock, self._joined, error = None, False, ""
         if self._first:
             try:
                 self._begin()
             except UserError as e:
                 error = str(e)
-        error, settings = _broadcast([error, self._settings])
+        error, settings, self._joined = _broadcast([error, self._settings, self._joined])
         if error:
             raise UserError(error)
         if diff := self._changes(settings):
@@ -93,7 +95,7 @@ class Parts:
 
     def missing(self) -> list[int]:
         """Those of `mine` that are not there, or damaged."""
-        return [i for i in self.mine if not self._is_whole(self._paths[i])]
+        return [] if self._joined else [i for i in self.mine if not self._is_whole(self._paths[i])]
 
     def write(self, part: int, examples: Iterable[Mapping[str, Any]]) -> None:
         """Writes a part; it is there when all of it is."""
@@ -111,22 +113,27 @@ class Parts:
           **kwargs: `name`, `description` and `metadata` for `DatasetWriter`.
         """
         if self._first:
-            left = self._paths
-
-            def complete() -> bool:
-                nonlocal left
-                left = [path for path in left if not self._is_whole(path)]
-                return not left
-
-            _wait(complete, "the other processes")
-            kwargs["overwrite"] = self._overwrite
-            with DatasetWriter(self.directory, self._features, **kwargs) as writer:
-                for path in self._paths:
-                    writer.add(open_dataset(path))
+            if not self._joined:
+                self._join(**kwargs)
             self._plan.unlink()  # first: a folder without it holds nothing to go on with
             shutil.rmtree(self._folder, ignore_errors=True)
         _wait(lambda: not self._plan.exists(), "the first process to join the parts")
         return open_dataset(self.directory)
+
+    def _join(self, **kwargs: Any) -> None:
+        left = self._paths
+
+        def complete() -> bool:
+            nonlocal left
+            left = [path for path in left if not self._is_whole(path)]
+            return not left
+
+        _wait(complete, "the other processes")
+        kwargs["overwrite"] = self._overwrite
+        with DatasetWriter(self.directory, self._features, **kwargs) as writer:
+            for path in self._paths:
+                writer.add(open_dataset(path))
+            shutil.copy(self._plan, writer.partial / _PLAN)
 
     def _begin(self) -> None:
         found = [path.name for path in self._folder.glob("*") if path.name.isdecimal()]
@@ -140,13 +147,16 @@ class Parts:
                 )
             # What was begun with --overwrite goes on without.
             self._overwrite = plan["overwrite"]
-        check_free(self.directory, self._overwrite)
+            kept = self.directory / _PLAN
+            self._joined = kept.exists() and json.loads(kept.read_text()) == plan
+        if not self._joined:
+            check_free(self.directory, self._overwrite)
         self._lock = lock_directory(self._folder)
         if resumes:
             logger.info("goes on: %d of %d shards are there", len(found), len(self._paths))
             return
         empty_directory(self._folder)
-        plan = {"settings": self._settings, "overwrite": self._overwrite}
+        plan = {"settings": self._settings, "overwrite": self._overwrite, "id": uuid.uuid4().hex}
         temporary = self._plan.with_suffix(".tmp")
         temporary.write_text(json.dumps(plan, indent=2) + "\n")
         temporary.replace(self._plan)

@@ -1,4 +1,4 @@
-"""What to prepare: finds the videos behind `--input` and gives each a name, caption and label.
+"""What to prepare: finds the videos and images behind `--input`; names, captions, labels them.
 
 An input is a folder (searched recursively), one file, a glob, a CSV or JSONL manifest, or
 `tfds:NAME[/SPLIT]` with a TFDS dataset's name or directory that has a Video feature.
@@ -40,7 +40,7 @@ class Reading(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class FileSource:
-    """A video file, or the part of it from `start` to `end` seconds.
+    """A video file, or the part of it from `start` to `end` seconds; or an image, one frame.
 
     Attributes:
       name: unique in its input; the path relative to it.
@@ -55,15 +55,20 @@ class FileSource:
     end: float | None = None
 
     def read(self, short_side: int | None) -> Reading:
-        """Opens the file; raises UserError where it is not a video."""
+        """Opens the file; raises UserError where it is neither a video nor an image."""
+        if self.path.suffix.lower() in video.IMAGES:
+            frames = iter([(0.0, video.read_image(self.path, short_side))])
+            return Reading(frames, 0.0, self._sha256())
         length = video.probe(self.path).duration
         end = length if self.end is None else min(self.end, length or self.end)
-        with open(self.path, "rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         frames = video.iter_frames(
             self.path, start=self.start, end=self.end, short_side=short_side, threads=1
         )
-        return Reading(frames, max(0.0, end - self.start), sha256)
+        return Reading(frames, max(0.0, end - self.start), self._sha256())
+
+    def _sha256(self) -> str:
+        with open(self.path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +99,7 @@ def find_sources(
     label_from_name: bool = False,
     label_regex: str | None = None,
 ) -> list[Source]:
-    """Lists the videos of an input, in an order that depends on nothing but the input.
+    """Lists the videos and images of an input, in an order that depends on nothing but the input.
 
     Args:
       source: see the module's docstring. A manifest's columns are path, caption, label, start and
@@ -126,7 +131,9 @@ def find_sources(
     else:
         raise UserError(f"--input {text} does not exist: give a folder, file, glob or tfds:NAME.")
     if not sources:
-        raise UserError(f"--input {text} holds no video: check the path and the files' extensions.")
+        raise UserError(
+            f"--input {text} holds no video or image: check the path and the files' extensions."
+        )
     if not any(rules):
         return sources
     return [_labelled(s, label_from_folder, label_regex) for s in sources]
@@ -156,7 +163,7 @@ def _from_folder(folder: Path) -> list[Source]:
     names = sorted(
         path.relative_to(folder).as_posix()
         for path in folder.rglob("*")
-        if path.suffix.lower() in video.EXTENSIONS
+        if path.suffix.lower() in video.EXTENSIONS | video.IMAGES
         and not path.name.startswith(".")  # macOS leaves ._name.mp4 beside name.mp4
         and path.is_file()
     )

@@ -1,4 +1,4 @@
-"""Decoding video files of any kind to upright, square-pixel, 8-bit sRGB frames with their times.
+"""Decoding videos and images of any kind to upright, square-pixel, 8-bit sRGB frames with times.
 
 Everything that makes a file differ from a plain array is resolved here, so that nothing later has
 to know: the stream is chosen as ffmpeg chooses it (cover art and thumbnails do not count, audio is
@@ -28,6 +28,7 @@ EXTENSIONS = frozenset(
         *("mpg", "mts", "mxf", "ogv", "ts", "vob", "webm", "wmv", "y4m"),
     )
 )
+IMAGES = frozenset((".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"))
 
 # Accurate and the same on every CPU; swscale's defaults are up to 2 levels off and keep only one
 # chroma sample for two pixels.
@@ -165,6 +166,20 @@ def iter_frames(
             f"{path} holds no video frame from {start:g} s to {until}: leave it out or correct "
             "its start and end."
         )
+
+
+def read_image(path: str | Path, short_side: int | None = None) -> np.ndarray:
+    """An image file, upright as its EXIF says and shrunk as by `shrink`: uint8 (H, W, 3) sRGB.
+
+    Raises:
+      UserError: not an image that can be decoded.
+    """
+    image = cv2.imread(str(path), cv2.IMREAD_COLOR_RGB)
+    if image is None:
+        raise UserError(
+            f"{path} cannot be decoded as an image: fetch it again, convert it, or leave it out."
+        )
+    return shrink(image, short_side)
 
 
 def shrink(frame: np.ndarray, short_side: int | None) -> np.ndarray:
@@ -364,7 +379,11 @@ def _srgb_curve() -> np.ndarray:
 
 def _display_matrix(frame: av.VideoFrame) -> np.ndarray | None:
     """The linear part of the display matrix, (2, 2): (x', y') = (x, y) @ matrix, or None."""
-    data = frame.side_data.get(SideDataType.DISPLAYMATRIX)
+    try:
+        data = frame.side_data.get(SideDataType.DISPLAYMATRIX)
+    except ValueError:  # data that PyAV has no name for, such as EXIF, hide all others from it
+        c, s = np.cos(np.deg2rad(frame.rotation)), np.sin(np.deg2rad(frame.rotation))
+        return np.array([[c, -s], [s, c]])
     return None if data is None else np.frombuffer(data, "<i4").reshape(3, 3)[:2, :2]
 
 
