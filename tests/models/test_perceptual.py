@@ -1,6 +1,7 @@
 """Perceptual distances against twins in torch, with random weights under torchvision's names."""
 
 import dataclasses
+import itertools
 import math
 import re
 import types
@@ -14,6 +15,8 @@ from safetensors.numpy import save_file
 from walt_jax import config
 from walt_jax.errors import UserError
 from walt_jax.models.perceptual import LpipsVgg, Perceptual, ResNet50Logits, unit_length
+from walt_jax.parallel import Layout, MeshConfig, make_mesh
+from walt_jax.parallel.sharding import batch_sharding, place, replicated
 
 VGG = (64, 64, "pool", 128, 128, "pool", 256, 256, 256, "pool", 512, 512, 512, "pool") + (512,) * 3
 RESNET = {"layer1": (64, 3), "layer2": (128, 4), "layer3": (256, 6), "layer4": (512, 3)}
@@ -254,6 +257,59 @@ def test_bfloat16_convolutions(case):
     distance = jax.jit(model.distance)(case.params, case.x, case.y)
     assert distance.dtype == jnp.float32
     assert 1e-5 < np.abs(distance / case.run(case.x, case.y)[0] - 1.0).max() < 0.02
+
+
+def narrow(name):
+    """Random parameters of a network of few channels: `distance` reads its widths from them."""
+    rng = np.random.default_rng(3)
+
+    def convolution(channels, width, size=3):
+        scale = 2 * (size * size * channels) ** -0.5
+        kernel = np.float32(scale) * _normal(rng, (size, size, channels, width))
+        return {"kernel": kernel, "bias": 0.1 * _normal(rng, (width,))}
+
+    if name == "lpips":
+        widths = (3, 4, 4, 8, 8, 8)
+        stages = [[convolution(a, b), convolution(b, b)] for a, b in itertools.pairwise(widths)]
+        return {"stages": stages, "linear": [np.abs(_normal(rng, (w,))) for w in widths[1:]]}
+
+    def block(channels):
+        return {
+            "conv1": convolution(channels, 4, 1),
+            "conv2": convolution(4, 4),
+            "conv3": convolution(4, 8, 1),
+            "shortcut": convolution(channels, 8, 1),
+        }
+
+    fc = {"kernel": _normal(rng, (8, 16)), "bias": _normal(rng, (16,))}
+    stages = [[block(channels)] for channels in (4, 8, 8, 8)]
+    return {"conv1": convolution(3, 4, 7), "stages": stages, "fc": fc}
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_eight_devices_equal_one(name):
+    """Rows over context, columns over tensor: the compiler exchanges what convolutions reach."""
+    model, params = Perceptual.registry[name](), narrow(name)
+    x = np.random.default_rng(4).uniform(-1.0, 1.0, (4, 32, 32, 3)).astype(np.float32)
+    frames = x, np.clip(x + 0.3 * _normal(np.random.default_rng(5), x.shape), -1.0, 1.0)
+
+    def run(layout, *arguments):
+        def loss(y, params, x):
+            distance = model.distance(params, x, y, layout)
+            return distance.mean(), distance
+
+        gradient = jax.jit(jax.grad(loss, has_aux=True)).lower(*arguments).compile()
+        return jax.device_get(gradient(*arguments)), gradient.as_text()
+
+    (expected, distance), _ = run(Layout(), frames[1], params, frames[0])
+    mesh = make_mesh(MeshConfig(data=2, tensor=2, context=2))
+    params = place(params, jax.tree.map(lambda _: replicated(mesh), params))
+    x, y = (place(v, batch_sharding(mesh)) for v in frames)
+    with jax.set_mesh(mesh):
+        (ours, of_frames), program = run(Layout(mesh), y, params, x)
+    np.testing.assert_allclose(of_frames, distance, rtol=1e-4)
+    assert_close(ours, expected)
+    assert distance.min() > 0 and "collective-permute" in program  # the edges' exchange
 
 
 # Configs and errors

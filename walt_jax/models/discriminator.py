@@ -85,12 +85,15 @@ def blur_pool(x: jax.Array) -> jax.Array:
     """Blurs (B, T, H, W, C) by [1, 2, 1] / 4 along T, H and W and keeps every second of each.
 
     Zeros are padded as TensorFlow's SAME does: an axis of n becomes ceil(n / 2), with one zero on
-    either side where n is odd and one after the end where n is even. Sums of slices, an axis at a
-    time: XLA's depthwise convolution is 3 times slower on a TPU by the compiler's estimate, and
-    over 100 times slower on a CPU.
+    either side where n is odd and one after the end where n is even. But an axis of 1, such as an
+    image's T, stays as it is: nothing lies beside it, and a blur would only halve it. Sums of
+    slices, an axis at a time: XLA's depthwise convolution is 3 times slower on a TPU by the
+    compiler's estimate, and over 100 times slower on a CPU.
     """
     for axis in (1, 2, 3):
         n = x.shape[axis]
+        if n == 1:
+            continue
         half = -(-n // 2)
         total = 2 * half + 1 - n
         widths = [(0, 0)] * x.ndim

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from walt_jax.errors import UserError
+from walt_jax.parallel import Layout
 from walt_jax.weights import load_weights
 
 PyTree = Any
@@ -82,12 +83,19 @@ class Perceptual(abc.ABC):
         return self._assemble(take)
 
     @abc.abstractmethod
-    def distance(self, params: PyTree, x: jax.Array, y: jax.Array) -> jax.Array:
+    def distance(
+        self,
+        params: PyTree,
+        x: jax.Array,
+        y: jax.Array,
+        layout: Layout = Layout(),  # noqa: B008
+    ) -> jax.Array:
         """How far frames are apart; each network runs twice, once a side.
 
         Args:
-          params: from `load`.
+          params: from `load`, the same on every device.
           x, y: (N, H, W, 3) in [-1, 1]; any batch of frames.
+          layout: where activations lie on the mesh: frames as a tokenizer's clips do.
 
         Returns:
           float32 (N,), differentiable with respect to both; 0 where they are equal.
@@ -128,26 +136,34 @@ class LpipsVgg(Perceptual, name="lpips"):
         ]
         return {"stages": stages, "linear": linear}
 
-    def distance(self, params: PyTree, x: jax.Array, y: jax.Array) -> jax.Array:
+    def distance(
+        self,
+        params: PyTree,
+        x: jax.Array,
+        y: jax.Array,
+        layout: Layout = Layout(),  # noqa: B008
+    ) -> jax.Array:
         if min(x.shape[1:3]) < 16:
             raise UserError(
                 f"LPIPS halves frames four times: {x.shape[1]}x{x.shape[2]} is too small, it "
                 "takes 16x16 or more."
             )
-        pairs = zip(self._features(params, x), self._features(params, y), params["linear"])
+        fx, fy = (self._features(params, v, layout) for v in (x, y))
         return sum(
-            (jnp.square(fx - fy) * weights).sum(-1).mean((1, 2)) for fx, fy, weights in pairs
+            (jnp.square(a - b) * weights).sum(-1).mean((1, 2))
+            for a, b, weights in zip(fx, fy, params["linear"])
         )
 
-    def _features(self, params: PyTree, x: jax.Array) -> list[jax.Array]:
+    def _features(self, params: PyTree, x: jax.Array, layout: Layout) -> list[jax.Array]:
         """Unit features of the five stages, float32."""
         x = ((x.astype(jnp.float32) - _LPIPS_SHIFT) / _LPIPS_SCALE).astype(self.dtype)
+        x = _pin(x, layout)
         features = []
         for i, stage in enumerate(params["stages"]):
             if i:
                 x = _max_pool(x, size=2, padding=0)
             for convolution in stage:
-                x = jax.nn.relu(_convolve(x, convolution))
+                x = _pin(jax.nn.relu(_convolve(x, convolution)), layout)
             features.append(unit_length(x.astype(jnp.float32)))
         return features
 
@@ -199,18 +215,25 @@ class ResNet50Logits(Perceptual, name="resnet50"):
             },
         }
 
-    def distance(self, params: PyTree, x: jax.Array, y: jax.Array) -> jax.Array:
-        return jnp.square(self.logits(params, x) - self.logits(params, y)).mean(-1)
+    def distance(
+        self,
+        params: PyTree,
+        x: jax.Array,
+        y: jax.Array,
+        layout: Layout = Layout(),  # noqa: B008
+    ) -> jax.Array:
+        of_x, of_y = (self.logits(params, v, layout) for v in (x, y))
+        return jnp.square(of_x - of_y).mean(-1)
 
-    def logits(self, params: PyTree, x: jax.Array) -> jax.Array:
+    def logits(self, params: PyTree, x: jax.Array, layout: Layout = Layout()) -> jax.Array:  # noqa: B008
         """Frames (N, H, W, 3) in [-1, 1] to float32 (N, 1000)."""
         x = jax.image.resize(x.astype(jnp.float32), (x.shape[0], 224, 224, 3), "bilinear")
         x = (((x + 1.0) / 2.0 - _IMAGENET_MEAN) / _IMAGENET_STD).astype(self.dtype)
-        x = jax.nn.relu(_convolve(x, params["conv1"], stride=2))
-        x = _max_pool(x, size=3, padding=1)
+        x = _pin(jax.nn.relu(_convolve(_pin(x, layout), params["conv1"], stride=2)), layout)
+        x = _pin(_max_pool(x, size=3, padding=1), layout)
         for blocks, (_, _, stride) in zip(params["stages"], _RESNET_STAGES):
             for i, block in enumerate(blocks):
-                x = _bottleneck(x, block, 1 if i else stride)
+                x = _bottleneck(x, block, 1 if i else stride, layout)
         features = x.astype(jnp.float32).mean((1, 2))
         kernel, bias = params["fc"]["kernel"], params["fc"]["bias"]
         return jnp.dot(features, kernel, precision=jax.lax.Precision.HIGHEST) + bias
@@ -221,14 +244,18 @@ def _convolution(kernel_OIHW: np.ndarray, bias: np.ndarray) -> PyTree:
 
 
 def _convolve(x: jax.Array, convolution: PyTree, stride: int = 1) -> jax.Array:
-    """A 2-D convolution of an odd size with zeros around, as torch pads: (k - 1) / 2 a side."""
+    """A 2-D convolution of an odd size with zeros around, as torch pads: (k - 1) / 2 a side.
+
+    They are padded beforehand: XLA's partitioner multiplies the gradient of a padded convolution by
+    the number of devices of the data axis where two rows lie on two devices (jax 0.10).
+    """
     kernel = convolution["kernel"].astype(x.dtype)
-    side = kernel.shape[0] // 2
+    around = (kernel.shape[0] // 2,) * 2
     y = jax.lax.conv_general_dilated(
-        x,
+        jnp.pad(x, ((0, 0), around, around, (0, 0))),
         kernel,
         (stride, stride),
-        [(side, side), (side, side)],
+        "VALID",
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
     return y + convolution["bias"].astype(x.dtype)
@@ -241,12 +268,17 @@ def _max_pool(x: jax.Array, size: int, padding: int) -> jax.Array:
     return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, window, strides, edges)
 
 
-def _bottleneck(x: jax.Array, block: PyTree, stride: int) -> jax.Array:
-    y = jax.nn.relu(_convolve(x, block["conv1"]))
-    y = jax.nn.relu(_convolve(y, block["conv2"], stride))
+def _bottleneck(x: jax.Array, block: PyTree, stride: int, layout: Layout) -> jax.Array:
+    y = _pin(jax.nn.relu(_convolve(x, block["conv1"])), layout)
+    y = _pin(jax.nn.relu(_convolve(y, block["conv2"], stride)), layout)
     y = _convolve(y, block["conv3"])
     shortcut = _convolve(x, block["shortcut"], stride) if "shortcut" in block else x
-    return jax.nn.relu(y + shortcut)
+    return _pin(jax.nn.relu(y + shortcut), layout)
+
+
+def _pin(x: jax.Array, layout: Layout) -> jax.Array:
+    """Frames (N, H, W, C) lie as clips of one frame."""
+    return layout.pixels(x[:, None])[:, 0]
 
 
 def unit_length(x: jax.Array) -> jax.Array:

@@ -117,13 +117,18 @@ class Layout:
         sharding = NamedSharding(self.mesh, _divisible(entries, x.shape, self.mesh))
         return jax.lax.with_sharding_constraint(x, sharding)
 
-    def gather(self, params: PyTree, dtype: jnp.dtype) -> PyTree:
-        """Casts matrices to `dtype`, then gathers them over fsdp, just before they are used.
+    def gather(self, params: PyTree, dtype: jnp.dtype, keep: Sequence[str] = ()) -> PyTree:
+        """Casts kernels to `dtype`, then gathers them, just before they are used.
 
         In this order half of the bytes travel. Vectors stay in float32: they are small, and
-        biases, norms and tables are used in float32. Convolutions (taps before the two axes of
-        features) are gathered over tensor too: they divide pixels instead of features, and XLA's
-        partitioner computes wrong sums where rows and features are both divided.
+        biases, norms and tables are used in float32.
+
+        Args:
+          params: of a network, or a part of one.
+          dtype: what kernels compute in.
+          keep: mesh axes that kernels stay divided over: tensor where activations lie as `tokens`
+            says. Where they lie as `pixels`, none: tensor divides columns there, and XLA's
+            partitioner computes wrong sums where rows and features are both divided.
         """
 
         def one(path: Sequence[Any], leaf: jax.Array) -> jax.Array:
@@ -134,8 +139,7 @@ class Layout:
             if self.mesh is None:
                 return leaf
             spec = next(spec for pattern, spec in RULES if re.search(pattern, name))
-            gathered = ("fsdp", "tensor") if leaf.ndim > 3 else ("fsdp",)
-            kept = P(*(None if e in gathered else e for e in spec))
+            kept = P(*(e if e in keep else None for e in spec))
             sharding = NamedSharding(self.mesh, fit(kept, leaf.shape, self.mesh))
             return jax.lax.with_sharding_constraint(leaf, sharding)
 

@@ -186,7 +186,7 @@ class Denoiser(nnx.Module):
         dtype = jnp.dtype(self.config.dtype)
 
         def group(x: jax.Array, params: dict) -> tuple[jax.Array, None]:
-            module = nnx.merge(graphdef, layout.gather(params, dtype))
+            module = nnx.merge(graphdef, layout.gather(params, dtype, keep=("tensor",)))
             return module(x, condition, shared, layout), None
 
         if self.config.remat:

@@ -56,11 +56,11 @@ class FrozenTokenizer:
           UserError: a number of frames or a size that does not fit, or values out of range.
         """
         check_pixels(x)
-        return self.normalise(self.model().encode(x, layout))
+        return self.normalise(self.model(layout).encode(x, layout))
 
     def decode(self, z: jax.Array, layout: Layout = Layout()) -> jax.Array:  # noqa: B008
         """Normalised latents to pixels in [-1, 1], float32, clipped."""
-        return jnp.clip(self.model().decode(self.denormalise(z), layout), -1.0, 1.0)
+        return jnp.clip(self.model(layout).decode(self.denormalise(z), layout), -1.0, 1.0)
 
     def codes(self, x: jax.Array, layout: Layout = Layout()) -> jax.Array:  # noqa: B008
         """Pixels to codes, int32 (B, t, h, w).
@@ -71,7 +71,7 @@ class FrozenTokenizer:
         check_pixels(x)
         if self.config.quantizer.num_codes(self.config.latent_channels) is None:
             raise UserError("This tokenizer has no codes: its latents are continuous; use encode.")
-        return self.config.quantizer.codes(self.model().encode(x, layout))
+        return self.config.quantizer.codes(self.model(layout).encode(x, layout))
 
     def from_codes(self, codes: jax.Array) -> jax.Array:
         """Codes, int32 (B, t, h, w), to normalised latents, float32 (B, t, h, w, c)."""
@@ -86,9 +86,10 @@ class FrozenTokenizer:
         """The way back."""
         return z * self.std + self.mean
 
-    def model(self) -> Tokenizer:
-        """The network with its weights."""
-        return network(self.config).bind(self.params)
+    def model(self, layout: Layout = Layout()) -> Tokenizer:  # noqa: B008
+        """The network with its weights, gathered from wherever they lie."""
+        params = layout.gather(self.params, jnp.dtype(self.config.dtype))
+        return network(self.config).bind(params)
 
 
 def check_pixels(x: np.ndarray | jax.Array) -> None:

@@ -104,7 +104,7 @@ def _encode(
     tokenizer: FrozenTokenizer, x: jax.Array, caches: Caches | None, layout: Layout
 ) -> tuple[jax.Array, Caches]:
     run = Chunk(layout, caches)
-    model = tokenizer.model()
+    model = tokenizer.model(layout)
     features = model.encoder(layout.pixels(x), run).astype(jnp.float32)
     return tokenizer.normalise(model.config.quantizer(features)), tuple(run.kept)
 
@@ -114,5 +114,5 @@ def _decode(
     tokenizer: FrozenTokenizer, z: jax.Array, caches: Caches | None, layout: Layout
 ) -> tuple[jax.Array, Caches]:
     run = Chunk(layout, caches)
-    pixels = tokenizer.model().decoder(layout.pixels(tokenizer.denormalise(z)), run)
+    pixels = tokenizer.model(layout).decoder(layout.pixels(tokenizer.denormalise(z)), run)
     return jnp.clip(pixels.astype(jnp.float32), -1.0, 1.0), tuple(run.kept)
