@@ -152,6 +152,16 @@ def test_override_converts_inside_tuples():
     assert outer("inner.multipliers=[1, 2, 4]").inner == Inner(multipliers=(1, 2, 4))
 
 
+def test_override_below_none_turns_a_group_on():
+    spec = f"{REPO / 'configs/tokenizer_ucf101.py'}:debug"
+    assert config.load(spec)["task"]["perceptual"] is None
+    values = config.load(spec, ["task.perceptual.name=lpips", "task.perceptual.weight=2"])
+    perceptual = config.build(Experiment, values).task.perceptual
+    assert (type(perceptual).__name__, perceptual.weight) == ("LpipsVgg", 2.0)
+    with says("config.task.perceptual.name must be one of lpips, resnet50"):
+        config.build(Experiment, config.load(spec, ["task.perceptual.weight=2"]))
+
+
 def test_later_overrides_win():
     assert outer("steps=1", "steps=2").steps == 2
 
@@ -182,6 +192,7 @@ def test_later_overrides_win():
         ("inner=3", ("config.inner", "group of keys", "3")),
         ("steps", ("'steps'", "no value", "--config.key=value")),
         ("=3", ("'=3'", "no value")),
+        ("limit.more=1", ("config.limit", "float", "'more': 1")),
         ("steps.more=1", ("--config.steps.more", "config.steps is a value")),
         ("sizes.a.b=1", ("config.sizes", "'b': 1")),
     ],

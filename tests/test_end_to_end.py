@@ -1,5 +1,7 @@
 """The whole way at the smallest size: what `make demo` runs, and the commands after it."""
 
+import dataclasses
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -11,12 +13,15 @@ from tensorboard.backend.event_processing import event_accumulator
 
 from walt_jax import config as config_lib
 from walt_jax import demo, encode, sample
+from walt_jax.data.pipeline import Pipeline
 from walt_jax.data.records import open_dataset
 from walt_jax.errors import UserError
 from walt_jax.sampling import Generator
+from walt_jax.tasks import to_unit
 from walt_jax.training.experiment import Experiment
 from walt_jax.training.loop import train
 from walt_jax.training.metrics import read_metrics
+from walt_jax.training.tokenizers import load_tokenizer
 
 SCALE = demo.Scale(variant="debug", num_sprites=48, epochs=1, num_samples=4, num_steps=2)
 
@@ -158,6 +163,26 @@ def test_the_demo_keeps_what_is_not_its_own(tmp_path):
         with pytest.raises(UserError, match="give another --out"):
             demo.run(tmp_path, videos, SCALE)
     assert (tmp_path / "videos" / "mine.mp4").read_bytes() == b"mine"
+
+
+def test_latents_are_normalised_by_the_weights_that_encode(finished):
+    """Mean and std are the moving average's on the held-out clips, not those of training."""
+    tokenizer = load_tokenizer(finished[0] / "tokenizer")
+    values = config_lib.read_resolved(finished[0] / "tokenizer")
+    experiment = config_lib.build(Experiment, values)
+    pipeline = Pipeline(
+        open_dataset(experiment.data.path),
+        dataclasses.replace(experiment.data, num_workers=0),
+        batch_size=experiment.batch_size,
+        seed=0,
+        split="eval",
+        shuffle=False,
+    )
+    batches = itertools.islice(pipeline.batches(), experiment.eval_batches)
+    encode = jax.jit(lambda x: tokenizer.encode(to_unit(x)))
+    z = np.concatenate([encode(batch["video"]) for batch in batches])
+    np.testing.assert_allclose(z.mean((0, 1, 2, 3)), 0, atol=1e-3)
+    np.testing.assert_allclose(z.std((0, 1, 2, 3)), 1, atol=1e-3)
 
 
 def test_latents_carry_the_tokenizer(finished):

@@ -53,6 +53,8 @@ def load(spec: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
 def override(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Sets `a.b=value` in nested dicts, in place; values are Python literals, or else strings.
 
+    Where `a` is None, what is turned off, it becomes a group with defaults for the other keys.
+
     Raises:
       UserError: an override without `=`, or below a key that is a value.
     """
@@ -63,7 +65,9 @@ def override(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]
         *parents, leaf = key.split(".")
         node = values
         for i, parent in enumerate(parents):
-            node = node.setdefault(parent, {})
+            if node.get(parent) is None:
+                node[parent] = {}
+            node = node[parent]
             if not isinstance(node, dict):
                 where = ".".join(parents[: i + 1])
                 raise UserError(f"The override --config.{key} fails: config.{where} is a value.")

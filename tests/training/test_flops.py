@@ -1,11 +1,18 @@
 """The count of model FLOPs against arithmetic by hand."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from walt_jax.models import Denoiser, DenoiserConfig, Network
-from walt_jax.training.flops import forward_flops
+from walt_jax.models import Denoiser, DenoiserConfig, Network, TokenizerConfig
+from walt_jax.models.discriminator import DiscriminatorConfig
+from walt_jax.parallel import Layout
+from walt_jax.tasks import DenoiserTask, TokenizerTask
+from walt_jax.tasks.adversarial import AdversarialConfig
+from walt_jax.training.flops import forward_flops, gradient_flops
 
 
 def test_products_convolutions_scans_and_remat():
@@ -45,3 +52,53 @@ def test_the_denoiser_costs_its_weights_and_its_windows(num_layers):
     vectors = 2 * 2 * (256 * 64 + 64 * 64 + 8 * 64 * 64 + num_layers * (64 * 2 + 2 * 6 * 64))
     patches = 2 * tokens * 2 * 8 * width
     assert counted == weights + attention + vectors + patches
+
+
+def test_a_gradient_costs_what_it_passes_through():
+    """Two trained layers of which the first needs no gradient at x, and a frozen one on both."""
+    x, square = jnp.zeros((8, 8)), jnp.zeros((8, 8))
+
+    def loss(params, frozen, x):
+        a, b = params
+        y = x @ a @ b
+        return jnp.square(y @ frozen - x @ frozen).sum(), {"unused": (y @ y).sum()}
+
+    products = (1 + 1) + (1 + 2) + (2 + 1)  # a and b, forward and backward; frozen of y and x
+    assert gradient_flops(loss, (square, square), square, x) == products * 2 * 8**3
+
+
+def of_task(task, batch):
+    """FLOPs of the forward pass, and of the gradient."""
+    params, extra = jax.eval_shape(task.init, jax.random.key(0)), task.init_extra()
+
+    def loss(params):
+        key, step = jax.random.key(0), np.zeros((), np.int32)
+        return task.loss(params, extra, {}, batch, key, step, Layout())
+
+    return forward_flops(loss, params), gradient_flops(loss, params)
+
+
+def test_a_denoiser_recomputes_nothing():
+    model = DenoiserConfig(
+        grid=(2, 4, 4), width=64, num_heads=4, num_layers=4, windows=((0, 0, 0),)
+    )
+    task = DenoiserTask(tokenizer="", model=model)
+    batch = {"latents": jnp.zeros((2, 2, 4, 4, 8)), "label": jnp.zeros((2,), jnp.int32)}
+    forward, plain = of_task(task.plain(), batch)
+    assert 2.9 * forward < plain <= 3 * forward
+    assert of_task(task, batch)[1] > 1.2 * plain
+
+
+def test_a_tokenizer_pays_for_its_discriminator_and_not_for_r1():
+    sizes = {"channels": 8, "multipliers": (1, 1), "dtype": "float32"}
+    model = TokenizerConfig(num_res_blocks=1, temporal_downsample=(False,), norm_groups=4, **sizes)
+    gan = AdversarialConfig(discriminator=DiscriminatorConfig(clip=(3, 16, 16), **sizes))
+    task = TokenizerTask(model=model, adversarial=gan)
+    batch = {"video": np.zeros((2, 3, 16, 16, 3), np.uint8)}
+    without = dataclasses.replace(task, adversarial=None)
+    assert without.plain() == without
+    (forward, alone), (both, plain) = (of_task(t.plain(), batch) for t in (without, task))
+    assert 2.7 * forward < alone < 3.2 * forward  # the frames' edges count twice, at this size
+    # Generated clips take two backward passes: to the discriminator's weights and to the pixels.
+    assert 2.7 * (both - forward) < plain - alone < 3.5 * (both - forward)
+    assert of_task(task, batch)[1] > 1.1 * plain

@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from walt_jax.models import DenoiserConfig, TokenizerConfig
 from walt_jax.models.tokenizer.frozen import FrozenTokenizer
@@ -136,6 +138,25 @@ def test_fsdp_and_tensor_really_shard():
         if "qkv" in jax.tree_util.keystr(path) and "kernel" in jax.tree_util.keystr(path)
     ]
     assert len(moments) == 4 and all("tensor" in s for s in moments)  # mu and nu, two layers
+
+
+def test_a_tokenizer_gathers_its_weights_and_a_denoiser_keeps_tensor():
+    """A tokenizer's tensor axis divides columns: AdaGN's dense layers may not divide features."""
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    layout, shapes = Layout(mesh), TOKENIZER.network.shapes()
+    divided = state_shardings(shapes, mesh)
+    assert "tensor" in divided["decoder"]["levels"][0]["norm"]["gamma"]["kernel"].spec
+    gather = jax.jit(
+        lambda params: nnx.to_pure_dict(nnx.split(TOKENIZER._bind(params, layout))[1]),
+        in_shardings=(divided,),
+    )
+    gathered = jax.tree.leaves(gather.lower(shapes).compile().output_shardings)
+    assert gathered and all(s.is_fully_replicated for s in gathered)
+    z, t = jnp.zeros((8, 3, 4, 4, 8)), jnp.zeros((8,), jnp.int32)
+    network = DENOISER.network
+    program = jax.make_jaxpr(lambda p: network.bind(p)(z, t, t, layout))(network.shapes())
+    kept = re.findall(r"spec=P\([^)]*'tensor'", str(program))
+    assert len(kept) == 2 * 6  # all of a layer's matrices
 
 
 def test_the_tokenizer_learns_one_batch():

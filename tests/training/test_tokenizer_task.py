@@ -43,7 +43,7 @@ BATCH = {
 def run(task, batch, steps, rate=1e-3):
     """Metrics of each step, and the last state."""
     config = OptimizerConfig(learning_rate=rate, warmup_steps=1, b1=0.0, grad_clip=0.0)
-    optimizer = make_optimizer(config, 10_000)
+    optimizer = make_optimizer(config, 10_000, task.starts)
     state = jax.jit(functools.partial(TrainState.create, task, optimizer))(jax.random.key(0))
     step = jax.jit(
         functools.partial(
@@ -90,6 +90,26 @@ def test_every_loss_in_one_step():
     assert state.extra["code_counts"].sum() == pytest.approx(4 * 3 * 8 * 8, rel=1e-3)
     assert state.extra["lecam_real"] != 0
     assert {"image/mse", "commitment", "discriminator_accuracy_real"} <= history[0].keys()
+
+
+def test_a_late_discriminator_starts_as_small_as_an_early_one():
+    """Steps before it count for the learning rate, and not for Adam's bias correction."""
+    task = TokenizerTask(model=MODEL, adversarial=dataclasses.replace(GAN, start_step=3))
+    assert task.starts == {"discriminator": 3}
+    assert TokenizerTask(model=MODEL, adversarial=GAN).starts == {}
+    config = OptimizerConfig(1.0, warmup_steps=10, b1=0.0, weight_decay=0.1, grad_clip=0.0)
+    optimizer = make_optimizer(config, 100, task.starts)
+    params = {name: {"kernel": np.full((3,), 2.0)} for name in ("encoder", "discriminator")}
+    gradient, state = {"kernel": np.array([-3.0, 0.1, 4.0])}, optimizer.init(params)
+    for step in range(5):
+        rate = float(make_schedule(config, 100)(step))
+        late = {"kernel": np.zeros((3,))} if step < 3 else gradient
+        grads = {"encoder": gradient, "discriminator": late}
+        updates, state = jax.jit(optimizer.update)(grads, state, params)
+        expected = -rate * (np.sign(gradient["kernel"]) + 0.1 * 2.0)
+        np.testing.assert_allclose(updates["encoder"]["kernel"], expected, rtol=1e-5)
+        expected = expected if step >= 3 else 0 * expected
+        np.testing.assert_allclose(updates["discriminator"]["kernel"], expected, rtol=1e-5)
 
 
 def test_images_weigh_as_much_as_clips():

@@ -23,6 +23,7 @@ class Task(abc.ABC):
 
     registry: ClassVar[dict[str, type["Task"]]] = {}
     takes_images: ClassVar[bool] = False  # beside the videos of a batch
+    keeps_statistics: ClassVar[bool] = False  # of the moving average
 
     def __init_subclass__(cls, name: str, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -45,6 +46,11 @@ class Task(abc.ABC):
         """
         return {}
 
+    @property
+    def starts(self) -> dict[str, int]:
+        """Sub-networks without a gradient before some step: name -> that step."""
+        return {}
+
     def prepare(self, workdir: str, dataset: Dataset) -> PyTree:
         """Loads what stays fixed in training (a tokenizer, say), on the host.
 
@@ -57,6 +63,10 @@ class Task(abc.ABC):
     def init_extra(self) -> PyTree:
         """Statistics kept in the state beside the parameters."""
         return {}
+
+    def plain(self) -> "Task":
+        """The task as its model FLOPs are counted: without recomputation and regularisers."""
+        return self
 
     @abc.abstractmethod
     def loss(
@@ -82,6 +92,13 @@ class Task(abc.ABC):
         layout: Layout,
     ) -> Metrics:
         """Metrics on held-out clips, a value a clip (B,), so that any batch gives one mean."""
+
+    def statistics(self, params: PyTree, batch: Batch, layout: Layout) -> PyTree:
+        """What of `extra` describes the moving average, `params`, by a batch of held-out clips.
+
+        Only where `keeps_statistics`: a checkpoint holds the mean over an evaluation's batches.
+        """
+        return {}
 
     @abc.abstractmethod
     def preview(

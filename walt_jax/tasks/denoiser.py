@@ -82,6 +82,9 @@ class DenoiserTask(Task, name="denoiser"):
         keep_tokenizer(tokenizer, workdir)
         return tokenizer
 
+    def plain(self) -> "DenoiserTask":
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, remat=False))
+
     def loss(
         self,
         params: PyTree,

@@ -38,12 +38,11 @@ class TokenizerTask(Task, name="tokenizer"):
       adversarial: the GAN, for clips of one size; None turns it off.
       init_from: workdir of a tokenizer to start from; a 2D one is inflated.
       inflation: where the taps of an inflated 2D kernel lie in time.
-      moments_decay: decay of the running moments of the videos' latents, from which encoding takes
-        the mean and std of each channel, and of the running counts of codes. They are those of the
-        weights being trained, which meet the moving average as the learning rate goes to 0.
+      counts_decay: decay of the running counts of codes.
     """
 
     takes_images: ClassVar[bool] = True
+    keeps_statistics: ClassVar[bool] = True
 
     model: TokenizerConfig = TokenizerConfig()
     l2_weight: float = 5.0
@@ -51,7 +50,7 @@ class TokenizerTask(Task, name="tokenizer"):
     adversarial: AdversarialConfig | None = None
     init_from: str = ""
     inflation: How = "last"
-    moments_decay: float = 0.98
+    counts_decay: float = 0.98
 
     @property
     def network(self) -> Network:
@@ -75,6 +74,11 @@ class TokenizerTask(Task, name="tokenizer"):
         params = load_tokenizer(self.init_from).params
         return jax.device_get(inflate(params, self.network.shapes(), self.inflation))
 
+    @property
+    def starts(self) -> dict[str, int]:
+        late = self.adversarial is not None and self.adversarial.start_step > 0
+        return {DISCRIMINATOR: self.adversarial.start_step} if late else {}
+
     def prepare(self, workdir: str, dataset: Dataset) -> PyTree:
         if dataset.metadata.get("kind") == "latents":
             raise UserError(
@@ -88,6 +92,14 @@ class TokenizerTask(Task, name="tokenizer"):
         if (codes := self._num_codes) is not None:
             extra["code_counts"] = jnp.zeros((codes,), jnp.float32)
         return extra | (init_lecam() if self.adversarial is not None else {})
+
+    def plain(self) -> "TokenizerTask":
+        gan = self.adversarial
+        return dataclasses.replace(
+            self,
+            model=dataclasses.replace(self.model, remat=False),
+            adversarial=gan and dataclasses.replace(gan, r1_weight=0.0),
+        )
 
     def loss(
         self,
@@ -110,10 +122,10 @@ class TokenizerTask(Task, name="tokenizer"):
             share = image.shape[0] / (image.shape[0] + x.shape[0])
             loss = (1.0 - share) * loss + share * image_loss
             metrics |= {f"image/{k}": v for k, v in of_images.items()}
-        extra = extra | self._statistics(extra, jax.lax.stop_gradient(z), step)
         if "code_counts" in extra:
+            extra = extra | {"code_counts": self._counts(extra["code_counts"], z, step)}
             # A use weighs 1 - decay and fades; counted are those of the last 1 / (1 - decay) steps.
-            least = (1.0 - self.moments_decay) / math.e
+            least = (1.0 - self.counts_decay) / math.e
             metrics["code_use"] = share_used(jax.nn.relu(extra["code_counts"] - least))
             metrics["code_perplexity"] = perplexity(extra["code_counts"])
         if self.adversarial is not None:
@@ -140,6 +152,11 @@ class TokenizerTask(Task, name="tokenizer"):
         frames = {f"psnr_db/frame_{t:02d}": psnr(e) for t, e in enumerate(of_frames.T)}
         mse = of_frames.mean(1)
         return {"mse": mse, "psnr_db": psnr(mse), **frames}
+
+    def statistics(self, params: PyTree, batch: Batch, layout: Layout) -> PyTree:
+        """The first two moments of the latents, from which encoding takes mean and std."""
+        z = self._bind(params, layout).encode(to_unit(batch["video"]), layout)
+        return {"latent_mean": z.mean((0, 1, 2, 3)), "latent_square": (z * z).mean((0, 1, 2, 3))}
 
     def preview(
         self,
@@ -188,18 +205,16 @@ class TokenizerTask(Task, name="tokenizer"):
         metrics |= {"mse": mse, "psnr_db": psnr(mse)}
         if self.perceptual is not None:
             frames = (v.reshape(-1, *v.shape[2:]) for v in (x, y))
-            distance = self.perceptual.distance(frozen["perceptual"], *frames).mean()
+            distance = self.perceptual.distance(frozen["perceptual"], *frames, layout).mean()
             loss, metrics["perceptual"] = loss + self.perceptual.weight * distance, distance
         return loss, metrics, quantizer(h), y  # as encoding gives them: without noise
 
-    def _statistics(self, extra: PyTree, z: jax.Array, step: jax.Array) -> PyTree:
-        """Running moments of the latents and counts of the codes; plain means at first."""
+    def _counts(self, counts: jax.Array, z: jax.Array, step: jax.Array) -> jax.Array:
+        """Running counts of the codes; plain means at first."""
         step = step.astype(jnp.float32)
-        decay = jnp.minimum(self.moments_decay, step / (step + 1.0))
-        now = {"latent_mean": z.mean((0, 1, 2, 3)), "latent_square": (z * z).mean((0, 1, 2, 3))}
-        if "code_counts" in extra:
-            now["code_counts"] = code_counts(self.model.quantizer.codes(z), self._num_codes)
-        return {k: decay * extra[k] + (1.0 - decay) * v for k, v in now.items()}
+        decay = jnp.minimum(self.counts_decay, step / (step + 1.0))
+        now = code_counts(self.model.quantizer.codes(z), self._num_codes)
+        return decay * counts + (1.0 - decay) * now
 
 
 def psnr(mse: jax.Array) -> jax.Array:

@@ -9,11 +9,26 @@ from typing import Any
 
 import jax
 from jax.extend import core
+from jax.interpreters import partial_eval
 
 
 def forward_flops(fn: Callable[..., Any], *args: Any) -> float:
     """FLOPs of the matrix products and convolutions of `fn(*args)`; args may be shapes."""
     return _count(jax.make_jaxpr(fn)(*args).jaxpr)
+
+
+def gradient_flops(loss: Callable[..., Any], params: Any, *args: Any) -> float:
+    """FLOPs of the gradient of `loss(params, *args)`, a scalar and an aux, with its forward pass.
+
+    About three times the forward pass of what is trained, twice that of a frozen network that the
+    gradient passes through, once that of one it does not.
+    """
+
+    def gradient(params: Any, *args: Any) -> Any:
+        return jax.grad(loss, has_aux=True)(params, *args)[0]
+
+    jaxpr = jax.make_jaxpr(gradient)(params, *args).jaxpr
+    return _count(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
 
 
 def _count(jaxpr: core.Jaxpr) -> float:

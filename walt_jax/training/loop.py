@@ -25,7 +25,7 @@ from walt_jax.tasks import to_uint8
 from walt_jax.training import metrics as metrics_lib
 from walt_jax.training.checkpoints import Checkpoints, Progress
 from walt_jax.training.experiment import Experiment
-from walt_jax.training.flops import forward_flops
+from walt_jax.training.flops import gradient_flops
 from walt_jax.training.optimizers import make_optimizer, make_schedule
 from walt_jax.training.state import TrainState, train_step
 
@@ -103,7 +103,9 @@ class _Run:
         frozen = self.task.prepare(str(workdir), dataset)
         self.frozen = place(frozen, jax.tree.map(lambda _: replicated(mesh), frozen))
         self.key = place(np.asarray(experiment.seed, np.uint32), replicated(mesh))
-        self.optimizer = make_optimizer(experiment.optimizer, experiment.num_steps)
+        self.optimizer = make_optimizer(
+            experiment.optimizer, experiment.num_steps, self.task.starts
+        )
         self.create = functools.partial(TrainState.create, self.task, self.optimizer)
         shapes = jax.eval_shape(self.create, jax.random.key(0))
         self.shardings = state_shardings(shapes, mesh)
@@ -138,19 +140,14 @@ class _Run:
         return create(self.key, given), Progress()
 
     def _step_flops(self, batch: PyTree) -> float:
-        """Model FLOPs of a step, forward and backward: three times the forward pass.
+        """Model FLOPs of a step, forward and backward."""
+        task, state = self.task.plain(), self.abstract
 
-        Too many by two of a frozen tokenizer's passes where it encodes inside the step.
-        """
-        state = self.abstract
+        def loss(params: PyTree, extra: PyTree, frozen: PyTree, batch: PyTree) -> PyTree:
+            key, step = jax.random.key(0), np.zeros((), np.int32)
+            return task.loss(params, extra, frozen, batch, key, step, Layout())
 
-        def loss(state: TrainState, frozen: PyTree, batch: PyTree) -> PyTree:
-            key = jax.random.key(0)
-            return self.task.loss(
-                state.params, state.extra, frozen, batch, key, state.step, Layout()
-            )
-
-        return 3.0 * forward_flops(loss, state, self.frozen, batch)
+        return gradient_flops(loss, state.params, state.extra, self.frozen, batch)
 
     def compile_steps(self) -> dict[Shape, tuple[Any, float]]:
         """The training step of every bucket: shapes -> (executable, model FLOPs)."""
@@ -211,6 +208,7 @@ class _Run:
                     self.preview(state, done, writer)
                 if last or done % experiment.checkpoint_every == 0:
                     log.flush()
+                    state = self.described(state)
                     checkpoints.save(state, log.progress)
         if writer is not None:
             writer.flush()
@@ -235,8 +233,17 @@ class _Run:
 
         return jax.jit(preview, out_shardings=replicated(self.mesh))
 
+    @functools.cached_property
+    def _statistics(self) -> Any:
+        def statistics(state: TrainState, batch: PyTree) -> PyTree:
+            return self.task.statistics(state.ema, batch, self.layout)
+
+        return jax.jit(statistics, out_shardings=replicated(self.mesh))
+
     def _held_out(self) -> Iterator[dict[str, jax.Array]]:
-        return self.eval_data.on_devices(self.batch_sharding)
+        """The same clips at every call; those trained on where none are held out."""
+        data = self.data if self.eval_data is None else self.eval_data
+        return data.on_devices(self.batch_sharding)
 
     def evaluate(self, state: TrainState, step: int, writer: Any) -> dict[str, float]:
         """Mean metrics of the moving average on the same held-out clips at every call."""
@@ -253,14 +260,18 @@ class _Run:
         self.say(f"step {step}: " + "  ".join(metrics_lib.shown(means)))
         return means
 
+    def described(self, state: TrainState) -> TrainState:
+        """The state with the task's statistics of the moving average, as a checkpoint holds it."""
+        if not self.task.keeps_statistics:
+            return state
+        batches = self._held_out()
+        rows = [self._statistics(state, next(batches)) for _ in range(self.experiment.eval_batches)]
+        means = jax.jit(lambda rows: jax.tree.map(lambda *x: sum(x) / len(x), *rows))(rows)
+        return dataclasses.replace(state, extra=state.extra | means)
+
     def preview(self, state: TrainState, step: int, writer: Any) -> None:
         """Writes videos of the moving average to TensorBoard."""
-        data = (
-            self._held_out()
-            if self.eval_data is not None
-            else self.data.on_devices(self.batch_sharding)
-        )
-        videos = jax.device_get(self._preview(state, self.frozen, next(data)))
+        videos = jax.device_get(self._preview(state, self.frozen, next(self._held_out())))
         if writer is not None:
             writer.write_videos(step, {"preview": to_uint8(videos[:8])})
 

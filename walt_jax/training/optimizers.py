@@ -1,6 +1,7 @@
 """Optimizers and learning-rate schedules."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -40,21 +41,39 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
     )
 
 
-def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
-    """The optimizer of a run of `num_steps` updates."""
+def make_optimizer(
+    config: OptimizerConfig, num_steps: int, starts: Mapping[str, int] | None = None
+) -> optax.GradientTransformation:
+    """The optimizer of a run of `num_steps` updates.
+
+    Args:
+      config: the optimizer.
+      num_steps: length of the schedule.
+      starts: sub-network -> the step of its first gradient, as `Task.starts` says. Until then its
+        moments wait: counted steps without a gradient would make its first updates too large.
+    """
 
     def decayed(params: Any) -> Any:
         return jax.tree_util.tree_map_with_path(
             lambda path, _: path_of(path).endswith("kernel"), params
         )
 
-    adamw = optax.adamw(
-        make_schedule(config, num_steps),
-        b1=config.b1,
-        b2=config.b2,
-        weight_decay=config.weight_decay,
-        mask=decayed,
-    )
+    direction = [
+        optax.scale_by_adam(config.b1, config.b2),
+        optax.add_decayed_weights(config.weight_decay, decayed),
+    ]
+    if starts:
+        early = optax.chain(*direction)
+        late = {
+            name: optax.conditionally_transform(early, lambda step, start=start: step >= start)
+            for name, start in starts.items()
+        }
+
+        def labels(params: Any) -> dict[str, str]:
+            return {name: name if name in late else "others" for name in params}
+
+        direction = [optax.partition({"others": early, **late}, labels)]
+    adamw = optax.chain(*direction, optax.scale_by_learning_rate(make_schedule(config, num_steps)))
     if not config.grad_clip:
         return adamw
     return optax.chain(optax.clip_by_global_norm(config.grad_clip), adamw)
