@@ -16,7 +16,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from benchmarks.tpu_estimate import CHIPS, Estimate, estimate, peak_share
-from walt_jax.kernels.causal_conv import block_rows, causal_conv, fits
+from walt_jax.kernels.causal_conv import causal_conv, fits
+from walt_jax.kernels.channel_moments import channel_moments
+from walt_jax.kernels.rows import block_rows
 from walt_jax.models import Tokenizer, TokenizerConfig
 from walt_jax.models.build import count
 from walt_jax.models.tokenizer.tokenizer import ResBlock
@@ -76,10 +78,12 @@ class Part:
         ]
         if not whole.unpriced:
             return whole
-        if len(whole.unpriced) != len(convolutions) * (1 if passes == "forward" else 3):
+        normed = self.name == RESIDUAL
+        each = normed + (1 if passes == "forward" else 3)
+        if len(whole.unpriced) != len(convolutions) * each:
             raise ValueError(f"{self.name}: the kernels {whole.unpriced} are not known.")
         kernels = sum(
-            kernel_cycles((frames, height, width), shape, self.name == RESIDUAL, passes, chip)
+            kernel_cycles((frames, height, width), shape, normed, passes, chip)
             for shape in convolutions
         )
         return dataclasses.replace(
@@ -102,9 +106,9 @@ class Part:
 
 @functools.cache
 def kernel_cycles(
-    video: tuple[int, int, int], kernel: Shape, affine: bool, passes: str, chip: str
+    video: tuple[int, int, int], kernel: Shape, normed: bool, passes: str, chip: str
 ) -> int:
-    """Cycles of one convolution's Pallas kernels, one or three.
+    """Cycles of the Pallas kernels of one convolution, and of the norm before it.
 
     The compiler prices a kernel by walking through its grid, which takes long. So 2 and 3 frames of
     two blocks of rows are priced: every further frame, and all other rows, are the same work.
@@ -112,7 +116,7 @@ def kernel_cycles(
     Args:
       video: frames, height and width.
       kernel: shape of the convolution's kernel.
-      affine: whether a norm and swish are before it.
+      normed: whether a norm and swish are before it.
       passes: 'forward' or 'forward + backward'.
       chip: a key of CHIPS.
 
@@ -127,8 +131,10 @@ def kernel_cycles(
         x = jax.ShapeDtypeStruct((1, frames, rows, width, channels), jnp.bfloat16)
         dy = jax.ShapeDtypeStruct((*x.shape[:-1], features), jnp.bfloat16)
         vector = jax.ShapeDtypeStruct((1, frames, channels), jnp.float32)
-        arguments = [x, jax.ShapeDtypeStruct(kernel, jnp.bfloat16), *[vector, vector] * affine]
+        arguments = [x, jax.ShapeDtypeStruct(kernel, jnp.bfloat16), *[vector, vector] * normed]
         steps = [estimate(causal_conv, *arguments, chip=chip)]
+        if normed:
+            steps.append(estimate(channel_moments, x, chip=chip))
         if passes != "forward":
 
             def backward(dy: jax.Array, *arguments: jax.Array) -> tuple[jax.Array, ...]:

@@ -10,6 +10,7 @@ from flax import nnx
 from jax.experimental import pallas as pl
 
 from walt_jax.kernels.causal_conv import causal_conv, fits
+from walt_jax.kernels.channel_moments import channel_moments
 from walt_jax.models.tokenizer.tokenizer import ResBlock
 from walt_jax.models.tokenizer.whole import Whole
 from walt_jax.parallel import Layout, MeshConfig, make_mesh
@@ -22,23 +23,26 @@ def interpreter(monkeypatch):
     monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))
 
 
-def reference(x, kernel, scale=None, offset=None):
+def reference(x, kernel, scale=None, offset=None, residual=0.0):
     if scale is not None:
         x = nnx.swish(x * scale[:, :, None, None] + offset[:, :, None, None])
     x = jnp.pad(x, ((0, 0), (kernel.shape[0] - 1, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
     names = ("NDHWC", "DHWIO", "NDHWC")
-    return jax.lax.conv_general_dilated(x, kernel, (1, 1, 1), "VALID", dimension_numbers=names)
+    y = jax.lax.conv_general_dilated(x, kernel, (1, 1, 1), "VALID", dimension_numbers=names)
+    return y + residual
 
 
-def arguments(shape, features=C, taps=3, affine=True):
-    """(x, kernel, scale, offset), and dy."""
-    keys = jax.random.split(jax.random.key(0), 5)
+def arguments(shape, features=C, taps=3, affine=True, residual=False):
+    """(x, kernel, scale, offset, residual), and dy."""
+    keys = jax.random.split(jax.random.key(0), 6)
     *grid, c = shape
     kernel = jax.random.normal(keys[1], (taps, 3, 3, c, features)) / (9 * c * taps) ** 0.5
     args = [jax.random.normal(keys[0], shape), kernel]
     if affine:
         args.append(1.0 + 0.3 * jax.random.normal(keys[2], (*grid[:2], c)))
         args.append(0.3 * jax.random.normal(keys[3], (*grid[:2], c)))
+    if residual:
+        args.append(jax.random.normal(keys[5], (*grid, features)))
     return args, jax.random.normal(keys[4], (*grid, features))
 
 
@@ -51,7 +55,10 @@ def close(a, b, tolerance):
     ("shape", "options"),
     [
         ((2, 4, 4, 16, C), {}),  # two blocks of rows of two clips; edges in time and space
-        ((1, 3, 3, 8, C), {"features": 256}),  # one row a block, two blocks of features
+        (
+            (1, 3, 3, 8, C),
+            {"features": 256, "residual": True},
+        ),  # one row a block, two blocks of features
         ((1, 2, 2, 16, C), {"taps": 1, "affine": False}),
         ((1, 1, 2, 8, C), {}),  # an image
         ((1, 5, 1, 8, 256), {"features": C}),  # a frame of one row
@@ -84,6 +91,18 @@ def test_a_frame_does_not_see_later_ones():
     args, dy = arguments((1, 4, 2, 8, C))
     gradient = jax.grad(lambda x: jnp.sum(causal_conv(x, *args[1:])[:, :2] * dy[:, :2]))(args[0])
     assert np.all(gradient[:, 2:] == 0) and np.all(np.any(gradient[:, :2] != 0, axis=(2, 3, 4)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((2, 2, 6, 16, C), "bfloat16"), ((1, 1, 3, 8, C), "float32")]
+)
+def test_moments_of_channels(shape, dtype, monkeypatch):
+    monkeypatch.setattr("walt_jax.kernels.channel_moments.PIXELS", 32)  # several blocks
+    x = (50.0 + jax.random.normal(jax.random.key(0), shape)).astype(dtype)
+    exact = np.asarray(x, np.float64)
+    mean, variance = channel_moments(x)
+    np.testing.assert_allclose(mean, exact.mean((2, 3)), rtol=1e-6)
+    np.testing.assert_allclose(variance, exact.var((2, 3)), rtol=1e-5)
 
 
 def test_what_fits():

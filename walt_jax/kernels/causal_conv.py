@@ -11,7 +11,6 @@ repeats, gather the gradients of their repetitions. The gradient at the kernel c
 with dy over pixels. `docs/kernels.md` has the figures.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,13 +21,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-_LANES = 128
-_VMEM = 64 * 2**20  # bytes of v5p; v5e and v6e have twice that
-_PIXELS = 2048  # of a block, or 4 rows
-_CHUNK = 512  # pixels that are normalised, or multiplied, at a time
-_SPATIAL = (3, 3)
+from walt_jax.kernels.rows import CHUNK, LANES, Grid, Walk, block_rows, divisor, params
 
-Grid = tuple[Any, Any, Any, Any]
 Ref = Any
 
 
@@ -43,9 +37,9 @@ def fits(x_shape: Sequence[int], kernel_shape: Sequence[int], dtype: jnp.dtype) 
     taps, *spatial, channels, features = kernel_shape
     _, _, height, width, _ = x_shape
     return (
-        tuple(spatial) == _SPATIAL
-        and channels % _LANES == 0
-        and features % _LANES == 0
+        spatial == [3, 3]
+        and channels % LANES == 0
+        and features % LANES == 0
         and width % (32 // jnp.dtype(dtype).itemsize) == 0
         and block_rows(height, width, taps, channels, features, dtype) > 0
     )
@@ -57,8 +51,10 @@ def causal_conv(
     kernel: jax.Array,
     scale: jax.Array | None = None,
     offset: jax.Array | None = None,
+    residual: jax.Array | None = None,
 ) -> jax.Array:
-    """A causal convolution of stride 1 of `swish(scale * x + offset)`, the edges repeated.
+    """A causal convolution of stride 1 of `swish(scale * x + offset)`, the edges repeated, to which
+    `residual` is added.
 
     Time is padded by (kt - 1, 0), height and width by (1, 1). On TPUs, or in Pallas' interpret
     mode, for shapes that `fits` takes. Nothing but the arguments is kept for the gradient.
@@ -67,45 +63,61 @@ def causal_conv(
       x: (B, T, H, W, C), bfloat16 or float32.
       kernel: (kt, 3, 3, C, F), of x's dtype.
       scale, offset: float32 (B, T, C), as a norm gives; both None convolve x itself.
+      residual: (B, T, H, W, F) of x's dtype, or None.
 
     Returns:
       (B, T, H, W, F) in x's dtype; swish runs and products are summed in float32.
     """
-    return _forward(x, kernel, scale, offset)
+    return _forward(x, kernel, scale, offset, residual)
 
 
-def _save(x: jax.Array, kernel: jax.Array, *affine: jax.Array | None) -> tuple[jax.Array, Any]:
-    return _forward(x, kernel, *affine), (x, kernel, *affine)
+def _save(
+    x: jax.Array,
+    kernel: jax.Array,
+    scale: jax.Array | None,
+    offset: jax.Array | None,
+    residual: jax.Array | None,
+) -> tuple[jax.Array, Any]:
+    y = _forward(x, kernel, scale, offset, residual)
+    return y, (x, kernel, scale, offset, residual is not None)
 
 
 def _pull(saved: Any, dy: jax.Array) -> tuple[jax.Array | None, ...]:
-    x, kernel, scale, offset = saved
+    x, kernel, scale, offset, adds = saved
     dkernel = _kernel_gradient(x, kernel, scale, offset, dy)
     dx, dscale, doffset = _input_gradient(x, kernel, scale, offset, dy)
-    return dx, dkernel, dscale, doffset
+    return dx, dkernel, dscale, doffset, dy if adds else None
 
 
 causal_conv.defvjp(_save, _pull)
 
 
 def _forward(
-    x: jax.Array, kernel: jax.Array, scale: jax.Array | None, offset: jax.Array | None
+    x: jax.Array,
+    kernel: jax.Array,
+    scale: jax.Array | None,
+    offset: jax.Array | None,
+    residual: jax.Array | None,
 ) -> jax.Array:
     b, t, h, w, c = x.shape
     taps, features = kernel.shape[0], kernel.shape[-1]
     block = _block(features)
-    walk = _Walk(block_rows(h, w, taps, c, features, x.dtype), h, w)
-    affine = _affine(scale, offset)
+    walk = Walk(block_rows(h, w, taps, c, features, x.dtype), h, w)
+    affine, added = _affine(scale, offset), [] if residual is None else [residual]
 
-    def body(top: Ref, middle: Ref, bottom: Ref, *refs: Ref) -> None:
-        *affine, weights, y, ring = refs
+    def body(top: Ref, middle: Ref, bottom: Ref, weights: Ref, *refs: Ref) -> None:
+        *optional, y, ring = refs
+        vectors, others = optional[: len(affine)], optional[len(affine) :]
         frame = pl.program_id(3)
-        _fill(ring, frame, (top, middle, bottom), _activation(affine), _repeated)
+        _fill(ring, frame, (top, middle, bottom), _activation(vectors), _repeated)
 
         @pl.loop(0, walk.chunks)
         def _(i: jax.Array) -> None:
             total = _contract(ring, frame, lambda rows, tap: _dot(rows, weights[tap]), walk, i)
-            y[walk.lines(i)] = walk.lined(total).astype(y.dtype)
+            total = sum(
+                (ref[walk.lines(i)].astype(jnp.float32) for ref in others), walk.lined(total)
+            )
+            y[walk.lines(i)] = total.astype(y.dtype)
 
     return pl.pallas_call(
         body,
@@ -114,13 +126,14 @@ def _forward(
         grid=(b, features // block, h // walk.rows, t),
         in_specs=[
             *walk.with_edges(c),
-            *(walk.vector(c) for _ in affine),
             pl.BlockSpec((3 * taps, 3 * c, block), lambda b, f, r, t: (0, 0, f)),
+            *(walk.vector(c) for _ in affine),
+            *(walk.block(block) for _ in added),
         ],
         out_specs=walk.block(block),
         scratch_shapes=[walk.ring(taps, c, x.dtype)],
-        compiler_params=_params("parallel", "parallel", "parallel", "arbitrary"),
-    )(x, x, x, *affine, kernel.reshape(3 * taps, 3 * c, features))
+        compiler_params=params("parallel", "parallel", "parallel", "arbitrary"),
+    )(x, x, x, kernel.reshape(3 * taps, 3 * c, features), *affine, *added)
 
 
 def _input_gradient(
@@ -133,7 +146,7 @@ def _input_gradient(
     b, t, h, w, c = x.shape
     taps, features = kernel.shape[0], kernel.shape[-1]
     rows = block_rows(h, w, taps, c, features, x.dtype)
-    walk = _Walk(rows, h, w, lambda b, r, step: (b, 0, r, t - 1 - step))
+    walk = Walk(rows, h, w, lambda b, r, step: (b, 0, r, t - 1 - step))
     affine = _affine(scale, offset)
 
     def body(top: Ref, middle: Ref, bottom: Ref, weights: Ref, *refs: Ref) -> None:
@@ -201,7 +214,7 @@ def _input_gradient(
             walk.ring(taps, features, dy.dtype),
             pltpu.VMEM((rows * w, c), jnp.float32),
         ],
-        compiler_params=_params("parallel", "parallel", "arbitrary"),
+        compiler_params=params("parallel", "parallel", "arbitrary"),
     )(dy, dy, dy, kernel.reshape(9 * taps, c, features), *((x, *affine) if affine else ()))
     dscale, doffset = (p.sum((2, 3)) for p in partial) if affine else (None, None)
     return dx, dscale, doffset
@@ -216,7 +229,7 @@ def _kernel_gradient(
 ) -> jax.Array:
     b, t, h, w, c = x.shape
     taps, features = kernel.shape[0], kernel.shape[-1]
-    block = min(_block(features), max(_LANES, features // 2))
+    block = min(_block(features), max(LANES, features // 2))
     rows = block_rows(h, w, taps, c, features, x.dtype)
     blocks = b * (h // rows)
     # Each core of a chip sums its own features, or else its own half of the blocks.
@@ -226,7 +239,7 @@ def _kernel_gradient(
         i = half * (blocks // halves) + i
         return lax.div(i, h // rows), f, lax.rem(i, h // rows), t
 
-    walk = _Walk(rows, h, w, at)
+    walk = Walk(rows, h, w, at)
     affine = _affine(scale, offset)
 
     def body(top: Ref, middle: Ref, bottom: Ref, *refs: Ref) -> None:
@@ -267,94 +280,9 @@ def _kernel_gradient(
             walk.ring(taps, c, x.dtype),
             pltpu.VMEM((3 * taps, 3 * c, block), jnp.float32),
         ],
-        compiler_params=_params("parallel", "parallel", "arbitrary", "arbitrary"),
+        compiler_params=params("parallel", "parallel", "arbitrary", "arbitrary"),
     )(x, x, x, *affine, dy)
     return out.sum(0).reshape(kernel.shape).astype(kernel.dtype)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Walk:
-    """Blocks of rows of frames, in the order of a grid.
-
-    Attributes:
-      rows: of a block.
-      height, width: of a frame.
-      at: what the grid's indices stand for: clip, block of features, block of rows, frame.
-    """
-
-    rows: int
-    height: int
-    width: int
-    at: Callable[..., Grid] = lambda *ids: ids
-
-    @property
-    def chunk(self) -> int:
-        """Rows that are worked on at a time."""
-        return _divisor(self.rows, max(1, _CHUNK // self.width))
-
-    @property
-    def chunks(self) -> int:
-        return self.rows // self.chunk
-
-    def lines(self, i: jax.Array) -> pl.Slice:
-        """Rows of chunk i in (rows, W, C)."""
-        return pl.ds(i * self.chunk, self.chunk)
-
-    def pixels(self, i: jax.Array, row: int = 0) -> pl.Slice:
-        """Pixels of chunk i in (rows x W, C), `row` rows on."""
-        start = pl.multiple_of(i * self.chunk * self.width, 8) + row * self.width
-        return pl.ds(start, self.chunk * self.width)
-
-    def lined(self, pixels: jax.Array) -> jax.Array:
-        """(n x W, C) as (n, W, C)."""
-        return pixels.reshape(-1, self.width, pixels.shape[-1])
-
-    def block(self, channels: int) -> pl.BlockSpec:
-        """Of (B, T, H, W, C): so many of the channels."""
-
-        def index(*ids: Any) -> tuple[Any, ...]:
-            clip, features, block, frame = self.at(*ids)
-            return clip, frame, block, 0, features
-
-        return pl.BlockSpec((None, None, self.rows, self.width, channels), index)
-
-    def with_edges(self, channels: int) -> list[pl.BlockSpec]:
-        """The row above a block, the block and the row below; at the frame's edge its own row."""
-
-        def row(offset: int) -> pl.BlockSpec:
-            def index(*ids: Any) -> tuple[Any, ...]:
-                clip, _, block, frame = self.at(*ids)
-                line = jnp.clip(block * self.rows + offset, 0, self.height - 1)
-                return clip, frame, line, 0, 0
-
-            return pl.BlockSpec((None, None, 1, self.width, channels), index)
-
-        whole = dataclasses.replace(
-            self, at=lambda *ids: (*self.at(*ids)[:1], 0, *self.at(*ids)[2:])
-        )
-        return [row(-1), whole.block(channels), row(self.rows)]
-
-    def vector(self, channels: int) -> pl.BlockSpec:
-        """Of (B, T, 1, C)."""
-
-        def index(*ids: Any) -> tuple[Any, ...]:
-            clip, _, _, frame = self.at(*ids)
-            return clip, frame, 0, 0
-
-        return pl.BlockSpec((None, None, 1, channels), index)
-
-    def sums(self, channels: int) -> pl.BlockSpec:
-        """Of (B, T, blocks of rows, 1, C)."""
-
-        def index(*ids: Any) -> tuple[Any, ...]:
-            clip, _, block, frame = self.at(*ids)
-            return clip, frame, block, 0, 0
-
-        return pl.BlockSpec((None, None, None, 1, channels), index)
-
-    def ring(self, taps: int, channels: int, dtype: jnp.dtype) -> Any:
-        """Copies of the last frames: (taps, (rows + 2) x W, 3 C)."""
-        return pltpu.VMEM((taps, (self.rows + 2) * self.width, 3 * channels), dtype)
 
 
 def _fill(
@@ -373,7 +301,7 @@ def _fill(
     top, middle, bottom = rows
     number, width, channels = middle.shape
     slot = lax.rem(step, ring.shape[0])
-    chunk = _divisor(number, max(1, _CHUNK // width))
+    chunk = divisor(number, max(1, CHUNK // width))
 
     def put(rows: jax.Array, at: Any) -> None:
         copies = moved(value(rows.astype(jnp.float32)))
@@ -427,7 +355,7 @@ def _slot(ring: Ref, step: jax.Array, tap: int) -> jax.Array:
     return lax.rem(step + 1 + tap, ring.shape[0])
 
 
-def _taps(ring: Ref, step: jax.Array, walk: _Walk, i: jax.Array, tap: int) -> jax.Array:
+def _taps(ring: Ref, step: jax.Array, walk: Walk, i: jax.Array, tap: int) -> jax.Array:
     """What a tap in time and height sees of chunk i: (pixels, 3 C)."""
     return ring[_slot(ring, step, tap // 3), walk.pixels(i, tap % 3)]
 
@@ -436,7 +364,7 @@ def _contract(
     ring: Ref,
     step: jax.Array,
     dot: Callable[[jax.Array, int], jax.Array],
-    walk: _Walk,
+    walk: Walk,
     i: jax.Array,
 ) -> jax.Array:
     """The sum over taps in time and height of their products at chunk i: float32 (pixels, n)."""
@@ -479,33 +407,4 @@ def _affine(*vectors: jax.Array | None) -> list[jax.Array]:
 
 def _block(features: int) -> int:
     """Features that a step of the grid gives."""
-    return 2 * _LANES if features % (2 * _LANES) == 0 else _LANES
-
-
-def block_rows(
-    height: int, width: int, taps: int, channels: int, features: int, dtype: jnp.dtype
-) -> int:
-    """Rows of a frame that a step of the grid holds; 0 where VMEM does not hold one.
-
-    One choice serves the pass forward and both gradients. Half a frame at most is for chips of two
-    cores.
-    """
-    size, wide = jnp.dtype(dtype).itemsize, max(channels, features)
-
-    def held(rows: int) -> int:
-        copies = 3 * taps * (rows + 2) * width * wide * size
-        moving = rows * width * (4 * size * (channels + features) + 4 * channels)
-        weights = 2 * 9 * taps * channels * features * size
-        return copies + moving + weights
-
-    most = min(max(1, height // 2), max(4, _PIXELS // width))
-    divisors = (rows for rows in range(most, 0, -1) if height % rows == 0)
-    return next((rows for rows in divisors if held(rows) <= _VMEM * 7 // 8), 0)
-
-
-def _divisor(number: int, most: int) -> int:
-    return next(d for d in range(min(number, most), 0, -1) if number % d == 0)
-
-
-def _params(*semantics: str) -> pltpu.CompilerParams:
-    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=_VMEM)
+    return 2 * LANES if features % (2 * LANES) == 0 else LANES

@@ -44,7 +44,11 @@ class Tiled(Whole):
         self.tiles, self.latent_size = tiles, latent_size
 
     def convolve(
-        self, conv: CausalConv, x: np.ndarray, norm: GroupNorm | None = None
+        self,
+        conv: CausalConv,
+        x: np.ndarray,
+        norm: GroupNorm | None = None,
+        residual: np.ndarray | None = None,
     ) -> np.ndarray:
         statistics = None if norm is None else self._statistics(norm.groups, x)
         layers, params = nnx.split((conv, norm))
@@ -63,7 +67,7 @@ class Tiled(Whole):
                 size = (x.shape[2] // stride, x.shape[3] // stride)
                 out = np.empty((*tile.shape[:2], *size, tile.shape[-1]), tile.dtype)
             out[:, :, rows, columns] = tile
-        return out
+        return out if residual is None else out + residual
 
     def normalise(self, norm: AdaptiveGroupNorm, x: np.ndarray, z: np.ndarray) -> np.ndarray:
         statistics = self._statistics(norm.groups, x)

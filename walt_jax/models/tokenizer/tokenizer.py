@@ -147,8 +147,8 @@ class ResBlock(nnx.Module):
 
     def __call__(self, x: jax.Array, run: Whole) -> jax.Array:
         y = run.convolve(self.conv1, x, self.norm1)
-        y = run.convolve(self.conv2, y, self.norm2)
-        return y + (x if self.shortcut is None else run.convolve(self.shortcut, x))
+        shortcut = x if self.shortcut is None else run.convolve(self.shortcut, x)
+        return run.convolve(self.conv2, y, self.norm2, shortcut)
 
 
 class Encoder(nnx.Module):

@@ -1,5 +1,7 @@
 """Running the tokenizer's layers over a whole video."""
 
+from collections.abc import Callable
+
 import jax
 from flax import nnx
 
@@ -44,31 +46,47 @@ class Whole:
         layers, params = nnx.split(block)
         return jax.checkpoint(lambda params, x: nnx.merge(layers, params)(x, self))(params, x)
 
-    def convolve(self, conv: CausalConv, x: jax.Array, norm: GroupNorm | None = None) -> jax.Array:
-        """`conv(swish(norm(x)))`, or `conv(x)` without a norm."""
+    def convolve(
+        self,
+        conv: CausalConv,
+        x: jax.Array,
+        norm: GroupNorm | None = None,
+        residual: jax.Array | None = None,
+    ) -> jax.Array:
+        """`conv(swish(norm(x))) + residual`; without a norm the convolution is of x."""
+        run = self._plain
+        if self._fuses(conv, x):
+            run = self._fused if self.fused else self._by_platform
+        return self.layout.pixels(run(conv, x, norm, residual))
 
-        def plain(x: jax.Array) -> jax.Array:
-            if norm is not None:
-                x = nnx.swish(norm(x))
-            return conv.valid(conv.pad_space(self.extend(conv, x)))
+    def _plain(
+        self, conv: CausalConv, x: jax.Array, norm: GroupNorm | None, residual: jax.Array | None
+    ) -> jax.Array:
+        if norm is not None:
+            x = nnx.swish(norm(x))
+        y = conv.valid(conv.pad_space(self.extend(conv, x)))
+        return y if residual is None else y + residual
 
-        def fused(x: jax.Array) -> jax.Array:
-            clips = (x.astype(conv.dtype), *(norm.affine(x) if norm is not None else ()))
-            return conv.add_bias(
-                self.layout.by_clip(
-                    lambda clips, kernel: causal_conv(clips[0], kernel, *clips[1:]),
-                    clips,
-                    conv.kernel[...].astype(conv.dtype),
-                )
-            )
+    def _fused(
+        self, conv: CausalConv, x: jax.Array, norm: GroupNorm | None, residual: jax.Array | None
+    ) -> jax.Array:
+        layers, params = nnx.split((conv, norm))
 
-        if not self._fuses(conv, x):
-            y = plain(x)
-        elif self.fused:
-            y = fused(x)
-        else:
-            y = jax.lax.platform_dependent(x, tpu=fused, default=plain)
-        return self.layout.pixels(y)
+        def of_clips(clips: tuple[jax.Array, jax.Array | None], params: nnx.State) -> jax.Array:
+            (x, residual), (conv, norm) = clips, nnx.merge(layers, params)
+            affine = (None, None) if norm is None else norm.affine(x)
+            kernel = conv.kernel[...].astype(conv.dtype)
+            return conv.add_bias(causal_conv(x.astype(conv.dtype), kernel, *affine, residual))
+
+        return self.layout.by_clip(of_clips, (x, residual), params)
+
+    def _by_platform(
+        self, conv: CausalConv, x: jax.Array, norm: GroupNorm | None, residual: jax.Array | None
+    ) -> jax.Array:
+        def of(run: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+            return lambda x, residual: run(conv, x, norm, residual)
+
+        return jax.lax.platform_dependent(x, residual, tpu=of(self._fused), default=of(self._plain))
 
     def extend(self, conv: CausalConv, x: jax.Array) -> jax.Array:
         """Puts the frames that the convolution looks back at before x."""
