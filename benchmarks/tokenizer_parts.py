@@ -78,7 +78,7 @@ class Part:
         ]
         if not whole.unpriced:
             return whole
-        normed = self.name == RESIDUAL
+        normed = self.name == RESIDUAL or "norm" in self.arguments[0]
         each = normed + (1 if passes == "forward" else 3)
         if len(whole.unpriced) != len(convolutions) * each:
             raise ValueError(f"{self.name}: the kernels {whole.unpriced} are not known.")
@@ -125,7 +125,7 @@ def kernel_cycles(
     """
     frames, height, width = video
     taps, _, _, channels, features = kernel
-    rows = 2 * block_rows(height, width, taps, channels, features, jnp.bfloat16)
+    rows = 2 * block_rows(height, width, taps, channels, max(128, features), jnp.bfloat16)
 
     def price(frames: int) -> int:
         x = jax.ShapeDtypeStruct((1, frames, rows, width, channels), jnp.bfloat16)

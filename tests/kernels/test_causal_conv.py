@@ -62,6 +62,7 @@ def close(a, b, tolerance):
         ((1, 2, 2, 16, C), {"taps": 1, "affine": False}),
         ((1, 1, 2, 8, C), {}),  # an image
         ((1, 5, 1, 8, 256), {"features": C}),  # a frame of one row
+        ((1, 2, 2, 8, C), {"features": 3}),  # colours
     ],
 )
 def test_equals_a_padded_convolution_and_its_gradients(shape, options):

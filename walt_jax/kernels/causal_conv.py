@@ -39,13 +39,11 @@ def fits(x_shape: Sequence[int], kernel_shape: Sequence[int], dtype: jnp.dtype) 
     return (
         spatial == [3, 3]
         and channels % LANES == 0
-        and features % LANES == 0
         and width % (32 // jnp.dtype(dtype).itemsize) == 0
-        and block_rows(height, width, taps, channels, features, dtype) > 0
+        and block_rows(height, width, taps, channels, _padded(features), dtype) > 0
     )
 
 
-@jax.custom_vjp
 def causal_conv(
     x: jax.Array,
     kernel: jax.Array,
@@ -68,6 +66,23 @@ def causal_conv(
     Returns:
       (B, T, H, W, F) in x's dtype; swish runs and products are summed in float32.
     """
+    features = kernel.shape[-1]
+    missing = _padded(features) - features
+    if not missing:
+        return _causal_conv(x, kernel, scale, offset, residual)
+    kernel = jnp.pad(kernel, [(0, 0)] * 4 + [(0, missing)])
+    y = _causal_conv(x, kernel, scale, offset, None)[..., :features]
+    return y if residual is None else y + residual
+
+
+@jax.custom_vjp
+def _causal_conv(
+    x: jax.Array,
+    kernel: jax.Array,
+    scale: jax.Array | None,
+    offset: jax.Array | None,
+    residual: jax.Array | None,
+) -> jax.Array:
     return _forward(x, kernel, scale, offset, residual)
 
 
@@ -89,7 +104,7 @@ def _pull(saved: Any, dy: jax.Array) -> tuple[jax.Array | None, ...]:
     return dx, dkernel, dscale, doffset, dy if adds else None
 
 
-causal_conv.defvjp(_save, _pull)
+_causal_conv.defvjp(_save, _pull)
 
 
 def _forward(
@@ -403,6 +418,11 @@ def _activation(affine: Sequence[Ref]) -> Callable[[jax.Array], jax.Array]:
 
 def _affine(*vectors: jax.Array | None) -> list[jax.Array]:
     return [v[:, :, None] for v in vectors if v is not None]
+
+
+def _padded(features: int) -> int:
+    """Features in whole tiles; those of the last layer, three colours, are padded to one."""
+    return -(-features // LANES) * LANES
 
 
 def _block(features: int) -> int:
