@@ -237,7 +237,8 @@ class Row:
 
     @property
     def flops(self) -> float:
-        return self.part.flops * (1 if self.passes == "forward" else 3)
+        backward = 1 if self.part.reads_pixels else 2
+        return self.part.flops * (1 if self.passes == "forward" else 1 + backward)
 
     @property
     def share(self) -> float:

@@ -4,7 +4,8 @@ XLA spends more on padding, on the norm's passes and on relayouts than on the ar
 residual block. Here some rows of a frame are normalised in VMEM and written three times side by
 side, moved by one column left, not and right with the edges repeated: the taps along a row are then
 one contraction of 3 C channels, and taps in height are offsets of rows. The grid walks through time
-last, so that the copies of the last kt frames stay in a ring and each frame is read once.
+last, so that the copies of the last kt frames stay in a ring and each frame is read once for every
+256 features.
 
 The gradient at x is the same walk backwards in time with turned taps; edges, which the forward pass
 repeats, gather the gradients of their repetitions. The gradient at the kernel contracts the copies

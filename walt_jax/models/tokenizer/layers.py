@@ -84,10 +84,9 @@ def convolve(x: jax.Array, kernel: jax.Array, strides: Triple = (1, 1, 1)) -> ja
     time_stride, stride, _ = strides
     frames = (x.shape[1] - kt) // time_stride + 1
     taps = [x[:, i : i + time_stride * (frames - 1) + 1 : time_stride] for i in range(kt)]
-    run = functools.partial(jax.lax.platform_dependent, tuple(taps), kernel)
-    if kt == 1:
-        return run(cpu=_side_by_side(stride, _on_cpu), default=_one_by_one(stride))
-    return run(
+    return jax.lax.platform_dependent(
+        tuple(taps),
+        kernel,
         cpu=_side_by_side(stride, _on_cpu),
         tpu=_one_by_one(stride),
         default=_side_by_side(stride, _plain),
