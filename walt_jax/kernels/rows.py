@@ -116,7 +116,8 @@ def block_rows(
         copies = 3 * taps * (rows + 2) * width * wide * size
         moving = rows * width * (4 * size * (channels + features) + 4 * channels)
         weights = 2 * 9 * taps * channels * features * size
-        return copies + moving + weights
+        sums = 9 * taps * channels * min(features, 256) * (4 + 2 * size)  # of a kernel gradient
+        return copies + moving + max(weights, sums)
 
     most = min(max(1, height // 2), max(4, PIXELS // width))
     divisors = (rows for rows in range(most, 0, -1) if height % rows == 0)
