@@ -265,7 +265,7 @@ def price(
     """
     jax.config.update("jax_platforms", "cpu")
     from benchmarks import tokenizer_parts as tokenizer
-    from benchmarks.tpu_estimate import NOTE
+    from benchmarks.tpu_estimate import NOTE, TooLarge
 
     print(f"{NOTE}; one clip a chip, bfloat16, each distinct part by itself and summed by count")
     for video in videos:
@@ -274,12 +274,18 @@ def price(
             print(f"\n{'x'.join(map(str, video))} on {chip}: Mcycles of one and share of peak")
             header = "".join(f"{p:>22}" for p in tokenizer.PASSES)
             print(f"{'part':<30}{'input':>20}{'count':>7}{header}")
-            rows = []
+            rows, too_large = [], set()
             for part in tokenizer.level_blocks(parts) if levels else parts:
                 size = "x".join(map(str, part.input))
                 print(f"{part.name:<30}{size:>20}{part.count:>7}", end="", flush=True)
                 for passes in tokenizer.PASSES:
-                    row = tokenizer.Row(part, passes, chip, part.price(passes, chip))
+                    try:
+                        row = tokenizer.Row(part, passes, chip, part.price(passes, chip))
+                    except TooLarge as e:
+                        yield {"video": video, "part": part.name, "passes": passes, "error": str(e)}
+                        print(f"{'does not fit':>22}", end="", flush=True)
+                        too_large.add(passes)
+                        continue
                     rows.append(row)
                     yield {"video": video, **row.record()}
                     lost = "?" if row.estimate.unpriced else " "
@@ -287,7 +293,7 @@ def price(
                     print(f"{text:>22}", end="", flush=True)
                 print()
             if not levels:
-                for passes in tokenizer.PASSES:
+                for passes in (p for p in tokenizer.PASSES if p not in too_large):
                     sums = tokenizer.total([r for r in rows if r.passes == passes])
                     _print_total(sums)
                     yield {"video": video, "part": "sum", **sums}
