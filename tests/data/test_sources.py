@@ -109,6 +109,14 @@ def test_bad_manifests(tmp_path, text, reason):
         find_sources(tmp_path / "m.csv")
 
 
+@pytest.mark.parametrize("times", ["1,", ",2"])
+def test_an_image_has_no_times(tmp_path, times):
+    (tmp_path / "m.csv").write_text(f"path,start,end\na.png,{times}\n")
+    (source,) = find_sources(tmp_path / "m.csv")
+    with pytest.raises(UserError, match=r"a\.png is an image, which has no start and end"):
+        source.read(None)
+
+
 @pytest.mark.parametrize("text", ['{"path": ', '["a.mp4"]', "\xff"])
 def test_bad_jsonl(tmp_path, text):
     (tmp_path / "m.jsonl").write_bytes(text.encode("latin-1"))

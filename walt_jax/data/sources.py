@@ -57,6 +57,10 @@ class FileSource:
     def read(self, short_side: int | None) -> Reading:
         """Opens the file; raises UserError where it is neither a video nor an image."""
         if self.path.suffix.lower() in video.IMAGES:
+            if self.start or self.end is not None:
+                raise UserError(
+                    f"{self.path} is an image, which has no start and end: leave them out."
+                )
             frames = iter([(0.0, video.read_image(self.path, short_side))])
             return Reading(frames, 0.0, self._sha256())
         length = video.probe(self.path).duration
