@@ -5,12 +5,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from walt_jax import diffusion
 from walt_jax.data.records import Dataset
+from walt_jax.diffusion import Constant, Ddim, Diffusion, Linear, guide, standard_normal
 from walt_jax.errors import UserError
-from walt_jax.models import Denoiser, DenoiserConfig, Network
+from walt_jax.models import Conditions, Denoiser, DenoiserConfig, Network
 from walt_jax.models.tokenizer.frozen import FrozenTokenizer
 from walt_jax.parallel import Layout
 from walt_jax.tasks.base import Batch, Metrics, PyTree, Task, sample_keys, to_unit
@@ -50,14 +49,9 @@ class DenoiserTask(Task, name="denoiser"):
         return Network.of(lambda rngs: Denoiser(self.model, rngs=rngs))
 
     @functools.cached_property
-    def schedule(self) -> diffusion.Schedule:
-        """The schedule's tables."""
-        return diffusion.linear_schedule(
-            self.noise.num_timesteps,
-            self.noise.beta_start,
-            self.noise.beta_end,
-            zero_terminal_snr=self.noise.zero_terminal_snr,
-        )
+    def diffusion(self) -> Diffusion:
+        """What is trained: v on the noise schedule."""
+        return Diffusion(process=Linear(**dataclasses.asdict(self.noise)))
 
     def prepare(self, workdir: str, dataset: Dataset) -> FrozenTokenizer:
         tokenizer = find_tokenizer(self.tokenizer, workdir)
@@ -96,9 +90,7 @@ class DenoiserTask(Task, name="denoiser"):
         layout: Layout,
     ) -> tuple[jax.Array, tuple[Metrics, PyTree]]:
         keys = sample_keys(key, batch["label"].shape[0])
-        t = jax.vmap(lambda k: jax.random.randint(k, (), 0, self.schedule.num_timesteps))(
-            _fold(keys, 0)
-        )
+        t = self.diffusion.process.draw_times(_fold(keys, 0))
         drop = jax.vmap(jax.random.uniform)(_fold(keys, 1)) < self.class_dropout
         label = jnp.where(drop, self.model.num_classes, batch["label"])
         loss_B = self._errors(params, frozen, batch, label, t, _fold(keys, 2), layout)
@@ -115,8 +107,7 @@ class DenoiserTask(Task, name="denoiser"):
     ) -> Metrics:
         """The loss at times spread evenly over the clips; every call draws the same noise."""
         rows = batch["label"].shape[0]
-        t = (np.arange(rows) + 0.5) * self.schedule.num_timesteps / rows
-        t = jnp.asarray(t.astype(np.int32))
+        t = jnp.asarray(self.diffusion.process.even_times(rows))
         keys = sample_keys(key, rows)
         return {
             "loss": self._errors(params, frozen, batch, batch["label"], t, keys, layout),
@@ -160,18 +151,21 @@ class DenoiserTask(Task, name="denoiser"):
           float32 (B, T, H, W, 3) in [-1, 1].
         """
         shape = (*self.model.grid, self.model.latent_channels)
-        noise = jax.vmap(lambda k: jax.random.normal(k, shape))(keys)
-        guided = diffusion.guide(
-            lambda x, t, y: self._predict(params, x, t, y, layout), self.model.num_classes, guidance
+        guided = guide(
+            lambda x, t, _, label: self._predict(params, x, t, label, layout),
+            (jnp.full_like(label, self.model.num_classes), label),
+            (Constant(guidance),),
+            self.noise.num_timesteps,
         )
-        z = diffusion.ddim(lambda x, t: guided(x, t, label), noise, self.schedule, num_steps)
+        noise = standard_normal(keys, shape)
+        z = Ddim(num_steps=num_steps)(guided, noise, keys, self.diffusion)
         return frozen.decode(z, layout)
 
     def _predict(
         self, params: PyTree, x: jax.Array, t: jax.Array, label: jax.Array, layout: Layout
     ) -> jax.Array:
-        label = label if self.model.num_classes else None
-        return self.network.bind(params)(x, t, label, layout)
+        conditions = Conditions(label=label if self.model.num_classes else None)
+        return self.network.bind(params)(x, t, conditions, layout)
 
     def _errors(
         self,
@@ -188,11 +182,10 @@ class DenoiserTask(Task, name="denoiser"):
             x0 = batch["latents"].astype(jnp.float32)
         else:
             x0 = jax.lax.stop_gradient(frozen.encode(to_unit(batch["video"]), layout))
-        eps = jax.vmap(lambda k: jax.random.normal(k, x0.shape[1:]))(keys)
-        x_t = diffusion.add_noise(self.schedule, x0, eps, t)
+        eps = standard_normal(keys, x0.shape[1:])
+        x_t = self.diffusion.add_noise(x0, eps, t)
         v = self._predict(params, x_t, t, label, layout)
-        target = diffusion.v_target(self.schedule, x0, eps, t)
-        return jnp.square(v - target).mean((1, 2, 3, 4))
+        return self.diffusion.losses(v, x0, eps, t)
 
 
 def _fold(keys: jax.Array, data: int) -> jax.Array:
