@@ -1,6 +1,6 @@
 """How should a record store its frames? Size, decode speed and fidelity of each encoding.
 
-    python benchmarks/record_encoding.py --clips ../shared/clips [--short-sides 128 256]
+    python benchmarks/record_encoding.py --clips FOLDER [--short-sides 128 256]
 
 For every encoding: bytes a frame, clips a second of CPU time (so: of one core) when a training
 example is 17 consecutive frames from a random offset, the same with every third frame (30 fps ->

@@ -78,7 +78,7 @@ class Part:
         ]
         if not whole.unpriced:
             return whole
-        normed = self.name == RESIDUAL
+        normed = self.name == RESIDUAL or "norm" in self.arguments[0]
         each = normed + (1 if passes == "forward" else 3)
         if len(whole.unpriced) != len(convolutions) * each:
             raise ValueError(f"{self.name}: the kernels {whole.unpriced} are not known.")
@@ -110,8 +110,9 @@ def kernel_cycles(
 ) -> int:
     """Cycles of the Pallas kernels of one convolution, and of the norm before it.
 
-    The compiler prices a kernel by walking through its grid, which takes long. So 2 and 3 frames of
-    two blocks of rows are priced: every further frame, and all other rows, are the same work.
+    The compiler prices a kernel by walking through its grid, which takes long. So two frames of two
+    blocks of rows are priced and scaled: other rows and frames are the same work, but for what the
+    first frame alone needs, which this counts too often.
 
     Args:
       video: frames, height and width.
@@ -125,28 +126,25 @@ def kernel_cycles(
     """
     frames, height, width = video
     taps, _, _, channels, features = kernel
-    rows = 2 * block_rows(height, width, taps, channels, features, jnp.bfloat16)
+    rows = 2 * block_rows(height, width, taps, channels, max(128, features), jnp.bfloat16)
 
-    def price(frames: int) -> int:
-        x = jax.ShapeDtypeStruct((1, frames, rows, width, channels), jnp.bfloat16)
-        dy = jax.ShapeDtypeStruct((*x.shape[:-1], features), jnp.bfloat16)
-        vector = jax.ShapeDtypeStruct((1, frames, channels), jnp.float32)
-        arguments = [x, jax.ShapeDtypeStruct(kernel, jnp.bfloat16), *[vector, vector] * normed]
-        steps = [estimate(causal_conv, *arguments, chip=chip)]
-        if normed:
-            steps.append(estimate(channel_moments, x, chip=chip))
-        if passes != "forward":
+    few = min(2, frames)
+    x = jax.ShapeDtypeStruct((1, few, rows, width, channels), jnp.bfloat16)
+    dy = jax.ShapeDtypeStruct((*x.shape[:-1], features), jnp.bfloat16)
+    vector = jax.ShapeDtypeStruct((1, few, channels), jnp.float32)
+    arguments = [x, jax.ShapeDtypeStruct(kernel, jnp.bfloat16), *[vector, vector] * normed]
+    steps = [estimate(causal_conv, *arguments, chip=chip)]
+    if normed:
+        steps.append(estimate(channel_moments, x, chip=chip))
+    if passes != "forward":
 
-            def backward(dy: jax.Array, *arguments: jax.Array) -> tuple[jax.Array, ...]:
-                return jax.vjp(causal_conv, *arguments)[1](dy)
+        def backward(dy: jax.Array, *arguments: jax.Array) -> tuple[jax.Array, ...]:
+            return jax.vjp(causal_conv, *arguments)[1](dy)
 
-            steps.append(estimate(backward, dy, *arguments, chip=chip))
-        if any(step.unpriced for step in steps):
-            raise ValueError(f"No price of {kernel} on {chip}: {[s.unpriced for s in steps]}.")
-        return sum(step.kernels for step in steps)
-
-    two, three = price(2), price(3)
-    return round((two + (three - two) * (frames - 2)) * height / rows)
+        steps.append(estimate(backward, dy, *arguments, chip=chip))
+    if any(step.unpriced for step in steps):
+        raise ValueError(f"No price of {kernel} on {chip}: {[s.unpriced for s in steps]}.")
+    return round(sum(step.kernels for step in steps) * frames * height / (few * rows))
 
 
 def tokenizer_parts(
@@ -239,7 +237,8 @@ class Row:
 
     @property
     def flops(self) -> float:
-        return self.part.flops * (1 if self.passes == "forward" else 3)
+        backward = 1 if self.part.reads_pixels else 2
+        return self.part.flops * (1 if self.passes == "forward" else 1 + backward)
 
     @property
     def share(self) -> float:

@@ -14,6 +14,7 @@ from walt_jax.models.tokenizer.layers import (
     normalise_groups,
     repeat_to,
 )
+from walt_jax.parallel import Layout, MeshConfig, make_mesh
 
 TINY = TokenizerConfig(
     channels=8, multipliers=(1, 1, 2, 2), num_res_blocks=1, norm_groups=4, dtype="float32"
@@ -75,22 +76,56 @@ def test_an_image_encodes_as_the_first_frame(tiny, video):
     np.testing.assert_allclose(decode(alone), decode(whole)[:, :1], atol=2e-5)
 
 
-@pytest.mark.parametrize(
+CONVOLUTIONS = pytest.mark.parametrize(
     ("kernel", "strides"),
     [((3, 3, 3), (1, 1, 1)), ((4, 4, 4), (1, 2, 2)), ((4, 4, 4), (2, 2, 2)), ((1, 1, 1),) * 2],
 )
-def test_convolution_equals_the_plain_one(kernel, strides):
+
+
+@pytest.fixture(params=["cpu", "tpu", "default"])
+def platform(request, monkeypatch):
+    """Takes what would run on a platform."""
+
+    def choose(*args, default, **of_platform):
+        return of_platform.get(request.param, default)(*args)
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", choose)
+
+
+def convolution(kernel, strides):
+    """A convolution, its input, and what XLA's 3-D convolution makes of it."""
     conv = CausalConv(
         5, 7, kernel, strides=strides, use_bias=True, dtype=jnp.float32, rngs=nnx.Rngs(0)
     )
-    x = jax.random.normal(jax.random.key(1), (2, 5, 8, 12, 5))
     space = [((k - 1) // 2, k // 2) for k in kernel[1:]]
-    padded = jnp.pad(x, ((0, 0), (kernel[0] - 1, 0), *space, (0, 0)), mode="edge")
-    names = ("NDHWC", "DHWIO", "NDHWC")
-    expected = jax.lax.conv_general_dilated(
-        padded, conv.kernel[...], strides, "VALID", dimension_numbers=names
-    )
-    np.testing.assert_allclose(conv(x), expected, atol=2e-5)
+
+    def plain(x):
+        padded = jnp.pad(x, ((0, 0), (kernel[0] - 1, 0), *space, (0, 0)), mode="edge")
+        names = ("NDHWC", "DHWIO", "NDHWC")
+        return jax.lax.conv_general_dilated(
+            padded, conv.kernel[...], strides, "VALID", dimension_numbers=names
+        )
+
+    return conv, jax.random.normal(jax.random.key(1), (4, 5, 8, 12, 5)), plain
+
+
+@CONVOLUTIONS
+def test_convolution_equals_the_plain_one(kernel, strides, platform):
+    conv, x, plain = convolution(kernel, strides)
+    np.testing.assert_allclose(conv(x), plain(x), atol=2e-5)
+
+
+@CONVOLUTIONS
+def test_convolution_of_divided_frames(kernel, strides, platform):
+    conv, x, plain = convolution(kernel, strides)
+    mesh = make_mesh(MeshConfig(data=2, context=2, tensor=2))
+    layout = Layout(mesh)
+
+    def gradient(run, pin):
+        return jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(pin(run(pin(x)))))))(x)
+
+    expected = gradient(plain, lambda x: x)
+    np.testing.assert_allclose(gradient(conv, layout.pixels), expected, atol=1e-4)
 
 
 def test_statistics_are_of_each_frame_alone():

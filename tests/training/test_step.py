@@ -206,3 +206,5 @@ def test_the_frozen_tokenizer_normalises_and_names_itself():
     np.testing.assert_allclose(frozen.decode(normal), decoded, atol=1e-4)
     other = FrozenTokenizer.create(TOKENIZER.model, params, moments[0] + 1e-3, moments[1])
     assert frozen.hash != other.hash and len(frozen.hash) == 16
+    recomputing = dataclasses.replace(TOKENIZER.model, remat=True)
+    assert FrozenTokenizer.create(recomputing, params, *moments).hash == frozen.hash

@@ -247,16 +247,17 @@ def _from_tfds(name: str) -> list[Source]:
 
 def _open_tfds(name: str) -> Any:
     """All splits of NAME, or the one of NAME/SPLIT; NAME is a dataset's name or directory."""
+    head, _, split = name.rpartition("/")
+    if Path(name).is_dir():
+        return tfds.builder_from_directory(name).as_data_source()
+    if head and Path(head).is_dir():
+        return {split: tfds.builder_from_directory(head).as_data_source(split=split)}
     try:
-        if Path(name).is_dir():
-            return tfds.builder_from_directory(name).as_data_source()
         return tfds.data_source(name)
     except Exception:  # TFDS raises whatever it trips over
-        head, _, split = name.rpartition("/")
-        if not head:
+        if not head or split in tfds.builder_cls(head).builder_configs:
             raise
-        builder = tfds.builder_from_directory(head) if Path(head).is_dir() else tfds.builder(head)
-        return {split: builder.as_data_source(split=split)}
+    return {split: tfds.data_source(head, split=split)}
 
 
 def _from_tfds_split(name: str, split: str, examples: Any) -> Iterator[TfdsSource]:

@@ -4,7 +4,8 @@ XLA spends more on padding, on the norm's passes and on relayouts than on the ar
 residual block. Here some rows of a frame are normalised in VMEM and written three times side by
 side, moved by one column left, not and right with the edges repeated: the taps along a row are then
 one contraction of 3 C channels, and taps in height are offsets of rows. The grid walks through time
-last, so that the copies of the last kt frames stay in a ring and each frame is read once.
+last, so that the copies of the last kt frames stay in a ring and each frame is read once for every
+256 features.
 
 The gradient at x is the same walk backwards in time with turned taps; edges, which the forward pass
 repeats, gather the gradients of their repetitions. The gradient at the kernel contracts the copies
@@ -21,9 +22,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from walt_jax.kernels.rows import CHUNK, LANES, Grid, Walk, block_rows, divisor, params
-
-Ref = Any
+from walt_jax.kernels.ring import Ref, contract, fill, gathered, repeated, seen_by, slot_of
+from walt_jax.kernels.rows import LANES, Grid, Walk, block_rows, params
 
 
 def fits(x_shape: Sequence[int], kernel_shape: Sequence[int], dtype: jnp.dtype) -> bool:
@@ -39,13 +39,11 @@ def fits(x_shape: Sequence[int], kernel_shape: Sequence[int], dtype: jnp.dtype) 
     return (
         spatial == [3, 3]
         and channels % LANES == 0
-        and features % LANES == 0
         and width % (32 // jnp.dtype(dtype).itemsize) == 0
-        and block_rows(height, width, taps, channels, features, dtype) > 0
+        and block_rows(height, width, taps, channels, _padded(features), dtype) > 0
     )
 
 
-@jax.custom_vjp
 def causal_conv(
     x: jax.Array,
     kernel: jax.Array,
@@ -68,28 +66,13 @@ def causal_conv(
     Returns:
       (B, T, H, W, F) in x's dtype; swish runs and products are summed in float32.
     """
-    return _forward(x, kernel, scale, offset, residual)
-
-
-def _save(
-    x: jax.Array,
-    kernel: jax.Array,
-    scale: jax.Array | None,
-    offset: jax.Array | None,
-    residual: jax.Array | None,
-) -> tuple[jax.Array, Any]:
-    y = _forward(x, kernel, scale, offset, residual)
-    return y, (x, kernel, scale, offset, residual is not None)
-
-
-def _pull(saved: Any, dy: jax.Array) -> tuple[jax.Array | None, ...]:
-    x, kernel, scale, offset, adds = saved
-    dkernel = _kernel_gradient(x, kernel, scale, offset, dy)
-    dx, dscale, doffset = _input_gradient(x, kernel, scale, offset, dy)
-    return dx, dkernel, dscale, doffset, dy if adds else None
-
-
-causal_conv.defvjp(_save, _pull)
+    features = kernel.shape[-1]
+    missing = _padded(features) - features
+    if not missing:
+        return _causal_conv(x, kernel, scale, offset, residual)
+    kernel = jnp.pad(kernel, [(0, 0)] * 4 + [(0, missing)])
+    y = _causal_conv(x, kernel, scale, offset, None)[..., :features]
+    return y if residual is None else y + residual
 
 
 def _forward(
@@ -109,11 +92,11 @@ def _forward(
         *optional, y, ring = refs
         vectors, others = optional[: len(affine)], optional[len(affine) :]
         frame = pl.program_id(3)
-        _fill(ring, frame, (top, middle, bottom), _activation(vectors), _repeated)
+        fill(ring, frame, (top, middle, bottom), _activation(vectors), repeated)
 
         @pl.loop(0, walk.chunks)
         def _(i: jax.Array) -> None:
-            total = _contract(ring, frame, lambda rows, tap: _dot(rows, weights[tap]), walk, i)
+            total = contract(ring, frame, lambda rows, tap: _dot(rows, weights[tap]), walk, i)
             total = sum(
                 (ref[walk.lines(i)].astype(jnp.float32) for ref in others), walk.lined(total)
             )
@@ -134,6 +117,21 @@ def _forward(
         scratch_shapes=[walk.ring(taps, c, x.dtype)],
         compiler_params=params("parallel", "parallel", "parallel", "arbitrary"),
     )(x, x, x, kernel.reshape(3 * taps, 3 * c, features), *affine, *added)
+
+
+def _save(*inputs: jax.Array | None) -> tuple[jax.Array, Any]:
+    *kept, residual = inputs
+    return _forward(*inputs), (*kept, residual is not None)
+
+
+def _pull(saved: Any, dy: jax.Array) -> tuple[jax.Array | None, ...]:
+    *inputs, adds = saved
+    dx, dscale, doffset = _input_gradient(*inputs, dy)
+    return dx, _kernel_gradient(*inputs, dy), dscale, doffset, dy if adds else None
+
+
+_causal_conv = jax.custom_vjp(_forward)
+_causal_conv.defvjp(_save, _pull)
 
 
 def _input_gradient(
@@ -159,17 +157,17 @@ def _input_gradient(
         def _() -> None:
             ring[...] = jnp.zeros_like(ring)
 
-        _fill(ring, step, (top, middle, bottom), lambda rows: rows, _gathered, (is_top, is_bottom))
+        fill(ring, step, (top, middle, bottom), lambda rows: rows, gathered, (is_top, is_bottom))
 
         # The first frame stands for those before it too: what later frames owe to them is its.
         @pl.when(step == t - 1)
         def _() -> None:
             for tap in reversed(range(taps - 1)):
-                ring[_slot(ring, step, tap)] += ring[_slot(ring, step, tap + 1)]
+                ring[slot_of(ring, step, tap)] += ring[slot_of(ring, step, tap + 1)]
 
         @pl.loop(0, walk.chunks)
         def _(i: jax.Array) -> None:
-            total[walk.pixels(i)] = _contract(ring, step, turned, walk, i)
+            total[walk.pixels(i)] = contract(ring, step, turned, walk, i)
 
         # The outermost rows gather what their repetitions received.
         for is_edge, row, tap in ((is_top, 0, 2), (is_bottom, walk.rows - 1, 0)):
@@ -177,7 +175,7 @@ def _input_gradient(
             @pl.when(is_edge)
             def _(row: int = row, tap: int = tap) -> None:
                 for i in range(taps):
-                    edge = ring[_slot(ring, step, i), pl.ds((row + 1) * w, w)]
+                    edge = ring[slot_of(ring, step, i), pl.ds((row + 1) * w, w)]
                     total[pl.ds(row * w, w)] += turned(edge, 3 * i + tap)
 
         if not affine:
@@ -245,7 +243,7 @@ def _kernel_gradient(
     def body(top: Ref, middle: Ref, bottom: Ref, *refs: Ref) -> None:
         *affine, dy_ref, out, ring, total = refs
         i, frame = pl.program_id(2), pl.program_id(3)
-        _fill(ring, frame, (top, middle, bottom), _activation(affine), _repeated)
+        fill(ring, frame, (top, middle, bottom), _activation(affine), repeated)
 
         @pl.when((i == 0) & (frame == 0))
         def _() -> None:
@@ -255,8 +253,8 @@ def _kernel_gradient(
         def _(i: jax.Array) -> None:
             error = dy_ref[walk.lines(i)].reshape(-1, block)
             for tap in range(3 * taps):
-                copies = _taps(ring, frame, walk, i, tap)
-                total[tap] += _dot(copies, error, contract=(0, 0))
+                copies = seen_by(ring, frame, walk, i, tap)
+                total[tap] += _dot(copies, error, (0, 0))
 
         @pl.when((i == pl.num_programs(2) - 1) & (frame == t - 1))
         def _() -> None:
@@ -285,93 +283,6 @@ def _kernel_gradient(
     return out.sum(0).reshape(kernel.shape).astype(kernel.dtype)
 
 
-def _fill(
-    ring: Ref,
-    step: jax.Array,
-    rows: Sequence[Ref],
-    value: Callable[[jax.Array], jax.Array],
-    moved: Callable[[jax.Array], tuple[jax.Array, ...]],
-    absent: Sequence[jax.Array] = (),
-) -> None:
-    """Writes the moved copies of (the row above, a block, the row below) into the step's slot.
-
-    The first frame is written to all slots where the edges repeat. Rows above and below that are
-    `absent` count as zeros.
-    """
-    top, middle, bottom = rows
-    number, width, channels = middle.shape
-    slot = lax.rem(step, ring.shape[0])
-    chunk = divisor(number, max(1, CHUNK // width))
-
-    def put(rows: jax.Array, at: Any) -> None:
-        copies = moved(value(rows.astype(jnp.float32)))
-        for i, copy in enumerate(copies):
-            pixels = pl.ds(pl.multiple_of(at * width, 8), copy.shape[0] * width)
-            lanes = pl.ds(i * channels, channels)
-            ring[slot, pixels, lanes] = copy.astype(ring.dtype).reshape(-1, channels)
-
-    def edge(row: Ref, index: int) -> jax.Array:
-        return jnp.where(absent[index], jnp.zeros_like(row), row[...]) if absent else row[...]
-
-    put(edge(top, 0), 0)
-    put(edge(bottom, 1), number + 1)
-
-    @pl.loop(0, number // chunk)
-    def _(i: jax.Array) -> None:
-        put(middle[pl.ds(i * chunk, chunk)], 1 + i * chunk)
-
-    if not absent:
-
-        @pl.when(step == 0)
-        def _() -> None:
-            for other in range(1, ring.shape[0]):
-                ring[other] = ring[0]
-
-
-def _columns(rows: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Of (n, W, C): the columns to the left and right (turned round), and where both ends are."""
-    width = rows.shape[1]
-    column = lax.broadcasted_iota(jnp.int32, rows.shape, 1)
-    left, right = pltpu.roll(rows, 1, 1), pltpu.roll(rows, width - 1, 1)
-    return left, right, column == 0, column == width - 1
-
-
-def _repeated(rows: jax.Array) -> tuple[jax.Array, ...]:
-    """What lies to the left, here and to the right, the edges repeated."""
-    left, right, first, last = _columns(rows)
-    return jnp.where(first, rows, left), rows, jnp.where(last, rows, right)
-
-
-def _gathered(rows: jax.Array) -> tuple[jax.Array, ...]:
-    """The transpose of `_repeated` under turned taps: zeros beyond the edges, which add up."""
-    left, right, first, last = _columns(rows)
-    left = jnp.where(first, 0.0, left) + jnp.where(last, rows, 0.0)
-    right = jnp.where(last, 0.0, right) + jnp.where(first, rows, 0.0)
-    return left, rows, right
-
-
-def _slot(ring: Ref, step: jax.Array, tap: int) -> jax.Array:
-    """Where the copies for a tap in time lie; those of this step are for the last."""
-    return lax.rem(step + 1 + tap, ring.shape[0])
-
-
-def _taps(ring: Ref, step: jax.Array, walk: Walk, i: jax.Array, tap: int) -> jax.Array:
-    """What a tap in time and height sees of chunk i: (pixels, 3 C)."""
-    return ring[_slot(ring, step, tap // 3), walk.pixels(i, tap % 3)]
-
-
-def _contract(
-    ring: Ref,
-    step: jax.Array,
-    dot: Callable[[jax.Array, int], jax.Array],
-    walk: Walk,
-    i: jax.Array,
-) -> jax.Array:
-    """The sum over taps in time and height of their products at chunk i: float32 (pixels, n)."""
-    taps = range(3 * ring.shape[0])
-    return functools.reduce(jnp.add, (dot(_taps(ring, step, walk, i, tap), tap) for tap in taps))
-
-
 def _turned_dot(weights: Ref, copies: jax.Array, tap: int) -> jax.Array:
     """Copies (pixels, 3 F) by the weights (9 kt, C, F), turned in the plane: (pixels, C)."""
     frame, row = divmod(tap, 3)
@@ -389,8 +300,8 @@ def _turned_dot(weights: Ref, copies: jax.Array, tap: int) -> jax.Array:
     )
 
 
-def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.Array:
-    dimensions = (((contract[0],), (contract[1],)), ((), ()))
+def _dot(a: jax.Array, b: jax.Array, axes: tuple[int, int] = (1, 0)) -> jax.Array:
+    dimensions = (((axes[0],), (axes[1],)), ((), ()))
     return lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
 
 
@@ -403,6 +314,11 @@ def _activation(affine: Sequence[Ref]) -> Callable[[jax.Array], jax.Array]:
 
 def _affine(*vectors: jax.Array | None) -> list[jax.Array]:
     return [v[:, :, None] for v in vectors if v is not None]
+
+
+def _padded(features: int) -> int:
+    """Features in whole tiles; those of the last layer, three colours, are padded to one."""
+    return -(-features // LANES) * LANES
 
 
 def _block(features: int) -> int:

@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 LANES = 128
-VMEM = 64 * 2**20  # bytes of v5p; v5e and v6e have twice that
+VMEM = 64 * 2**20  # bytes of v5p; v5e and v6e have twice that, v4 a quarter
 PIXELS = 2048  # of a block, or 4 rows
 CHUNK = 512  # pixels that are worked on at a time
 
@@ -116,11 +116,19 @@ def block_rows(
         copies = 3 * taps * (rows + 2) * width * wide * size
         moving = rows * width * (4 * size * (channels + features) + 4 * channels)
         weights = 2 * 9 * taps * channels * features * size
-        return copies + moving + weights
+        sums = 9 * taps * channels * min(features, 256) * (4 + 2 * size)  # of a kernel gradient
+        return copies + moving + max(weights, sums)
 
     most = min(max(1, height // 2), max(4, PIXELS // width))
     divisors = (rows for rows in range(most, 0, -1) if height % rows == 0)
-    return next((rows for rows in divisors if held(rows) <= VMEM * 7 // 8), 0)
+    return next((rows for rows in divisors if held(rows) <= _vmem() * 7 // 8), 0)
+
+
+def _vmem() -> int:
+    """Bytes that a kernel may take of the chip at hand, or of a v5p where none is."""
+    if jax.default_backend() != "tpu":
+        return VMEM
+    return min(VMEM, pltpu.get_tpu_info().vmem_capacity_bytes)
 
 
 def divisor(number: int, most: int) -> int:
@@ -130,4 +138,4 @@ def divisor(number: int, most: int) -> int:
 
 def params(*semantics: str) -> pltpu.CompilerParams:
     """What the compiler is told: of each axis of the grid, whether cores may divide it."""
-    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=VMEM)
+    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=_vmem())

@@ -30,7 +30,8 @@ class AdversarialConfig:
         pay for it.
       lecam_weight: weight of LeCAM.
       lecam_decay: decay of LeCAM's running means of the logits.
-      start_step: steps before it leave both networks without adversarial gradients, at no cost.
+      start_step: steps before it leave both networks without adversarial gradients, at no cost
+        (though the log's MFU counts what they will cost).
       discriminator: sizes.
     """
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from jax.extend import core
 from jax.interpreters import partial_eval
 
@@ -42,13 +43,33 @@ def _equation(eqn: core.JaxprEqn) -> float:
         left, out = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
         return 2.0 * math.prod(out) * math.prod(left[i] for i in contracted)
     if name == "conv_general_dilated":
-        kernel, out = eqn.invars[1].aval.shape, eqn.outvars[0].aval.shape
-        features = kernel[params["dimension_numbers"].rhs_spec[0]]
-        return 2.0 * math.prod(out) * math.prod(kernel) / features
-    if name == "cond":  # the branches of platform_dependent: one is taken
-        return max(_count(branch.jaxpr) for branch in params["branches"])
+        return _convolution(eqn)
+    if name == "cond":
+        branches = [branch.jaxpr for branch in params["branches"]]
+        if params["branches_platforms"]:  # the last is the plain one, others may do more
+            return _count(branches[-1])
+        return max(map(_count, branches))
     inner = sum(_count(j) for j in map(_jaxpr, params.values()) if j is not None)
     return inner * params["length"] if name == "scan" else inner
+
+
+def _convolution(eqn: core.JaxprEqn) -> float:
+    """Products of values: those with padding and with the holes of dilation are left out.
+
+    A gradient at a convolution's input runs over a padded grid; its products are as many as those
+    of the convolution.
+    """
+    x, kernel = (v.aval.shape for v in eqn.invars)
+    out, params = eqn.outvars[0].aval.shape, eqn.params
+    of_x, of_kernel, of_out = params["dimension_numbers"]
+    pairs = 1.0
+    for i, (low, _) in enumerate(params["padding"]):
+        dilation = params["lhs_dilation"][i]
+        starts = np.arange(out[of_out[2 + i]]) * params["window_strides"][i] - low
+        places = starts[:, None] + np.arange(kernel[of_kernel[2 + i]]) * params["rhs_dilation"][i]
+        inside = (places >= 0) & (places <= (x[of_x[2 + i]] - 1) * dilation)
+        pairs *= np.count_nonzero(inside & (places % dilation == 0))
+    return 2.0 * out[of_out[0]] * out[of_out[1]] * kernel[of_kernel[1]] * pairs
 
 
 def _jaxpr(value: Any) -> core.Jaxpr | None:

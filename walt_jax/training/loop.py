@@ -94,11 +94,10 @@ class _Run:
                 raise UserError(f"{images.path} holds latents: config.images needs pixels.")
             pipeline = Pipeline(source, images, batch_size=size, seed=experiment.seed)
             self.data = Joint(self.data, pipeline)
-        self.eval_data = None
-        if experiment.data.eval_fraction:
-            # Threads: an evaluation is over before worker processes would have started.
-            few = dataclasses.replace(experiment.data, num_workers=0)
-            self.eval_data = make(few, seed=0, split="eval", shuffle=False)
+        # Threads: an evaluation is over before worker processes would have started.
+        few = dataclasses.replace(experiment.data, num_workers=0)
+        split = "eval" if experiment.data.eval_fraction else "train"
+        self.eval_data = make(few, seed=0, split=split, shuffle=False)
         self.say(f"data: {self.data.describe()}")
         frozen = self.task.prepare(str(workdir), dataset)
         self.frozen = place(frozen, jax.tree.map(lambda _: replicated(mesh), frozen))
@@ -240,14 +239,17 @@ class _Run:
 
         return jax.jit(statistics, out_shardings=replicated(self.mesh))
 
+    @functools.cached_property
+    def _mean(self) -> Any:
+        return jax.jit(lambda rows: jax.tree.map(lambda *x: sum(x) / len(x), *rows))
+
     def _held_out(self) -> Iterator[dict[str, jax.Array]]:
-        """The same clips at every call; those trained on where none are held out."""
-        data = self.data if self.eval_data is None else self.eval_data
-        return data.on_devices(self.batch_sharding)
+        """The same clips at every call; trained ones where none are held out."""
+        return self.eval_data.on_devices(self.batch_sharding)
 
     def evaluate(self, state: TrainState, step: int, writer: Any) -> dict[str, float]:
         """Mean metrics of the moving average on the same held-out clips at every call."""
-        if self.eval_data is None:
+        if not self.experiment.data.eval_fraction:
             return {}
         batches = self._held_out()
         rows = [
@@ -266,8 +268,7 @@ class _Run:
             return state
         batches = self._held_out()
         rows = [self._statistics(state, next(batches)) for _ in range(self.experiment.eval_batches)]
-        means = jax.jit(lambda rows: jax.tree.map(lambda *x: sum(x) / len(x), *rows))(rows)
-        return dataclasses.replace(state, extra=state.extra | means)
+        return dataclasses.replace(state, extra=state.extra | self._mean(rows))
 
     def preview(self, state: TrainState, step: int, writer: Any) -> None:
         """Writes videos of the moving average to TensorBoard."""

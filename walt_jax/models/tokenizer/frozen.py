@@ -44,6 +44,7 @@ class FrozenTokenizer:
     ) -> "FrozenTokenizer":
         """From weights and the first two moments of the latents, all numpy."""
         std = np.sqrt(np.maximum(square - mean**2, 1e-6)).astype(np.float32)
+        config = dataclasses.replace(config, remat=False)  # how it was trained, not what it is
         digest = hashlib.sha256(json.dumps(to_dict(config)).encode())
         for leaf in [*jax.tree.leaves(params), mean, std]:
             digest.update(np.ascontiguousarray(leaf, np.float32).tobytes())
