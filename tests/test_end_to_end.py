@@ -15,6 +15,7 @@ from walt_jax import config as config_lib
 from walt_jax import demo, encode, sample
 from walt_jax.data.pipeline import Pipeline
 from walt_jax.data.records import open_dataset
+from walt_jax.diffusion import Ddim
 from walt_jax.errors import UserError
 from walt_jax.sampling import Generator
 from walt_jax.tasks import to_unit
@@ -23,6 +24,7 @@ from walt_jax.training.loop import train
 from walt_jax.training.metrics import read_metrics
 from walt_jax.training.tokenizers import load_tokenizer
 
+STEPS = Ddim(num_steps=2)
 SCALE = demo.Scale(variant="debug", num_sprites=48, epochs=1, num_samples=4, num_steps=2)
 
 
@@ -73,11 +75,11 @@ def test_the_denoisers_workdir_stands_alone(finished, tmp_path, monkeypatch):
 def test_a_sample_depends_on_its_seed_and_label_only(finished):
     generator = Generator.load(finished[0] / "denoiser")
     labels = np.arange(10, dtype=np.int32)
-    whole = generator.sample(labels, num_steps=2, batch_size=16, progress=False)
-    parts = generator.sample(labels, num_steps=2, batch_size=8, progress=False)
+    whole = generator.sample(labels, sampler=STEPS, batch_size=16, progress=False)
+    parts = generator.sample(labels, sampler=STEPS, batch_size=8, progress=False)
     assert whole.shape == (10, 5, 32, 32, 3) and whole.dtype == np.uint8
     assert np.abs(whole.astype(int) - parts).max() <= 1
-    other = generator.sample(labels, num_steps=2, seed=1, progress=False)
+    other = generator.sample(labels, sampler=STEPS, seed=1, progress=False)
     assert np.abs(whole.astype(int) - other).max() > 1
 
 

@@ -5,11 +5,12 @@ import json
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from walt_jax import config as config_lib
 from walt_jax.models import Conditions, Denoiser, DenoiserConfig, Network
 from walt_jax.models.__main__ import main
-from walt_jax.models.denoiser import interpolate_positions
+from walt_jax.models.denoiser import transfer
 from walt_jax.models.named import DENOISERS, DISCRIMINATORS, TOKENIZERS
 
 
@@ -108,8 +109,12 @@ def test_the_aspect_ratio_of_table_6():
     old_shapes, new_shapes = (
         Network.of(lambda rngs, c=config: Denoiser(c, rngs=rngs)).shapes() for config in (old, new)
     )
-    out = jax.eval_shape(lambda params: interpolate_positions(params, old, new), old_shapes)
-    assert out == new_shapes
+    params, fresh = (
+        jax.tree.map(lambda s: np.broadcast_to(np.float32(0), s.shape), shapes)
+        for shapes in (old_shapes, new_shapes)
+    )
+    out = transfer(params, old, new, fresh)
+    assert jax.tree.map(np.shape, out) == jax.tree.map(lambda s: s.shape, new_shapes)
     assert out["spatial_embedding"].shape == (16 * 28, 1024)
     tables = [
         layer["attentions"][0]["biases"][0]["table"]

@@ -52,7 +52,7 @@ def updates(task, batch, mesh_config, num_devices, steps, rate=1e-3, fixed_noise
         task=task,
         optimizer=optimizer,
         schedule=make_schedule(config, 10_000),
-        ema_decay=config.ema_decay,
+        config=config,
         layout=Layout(mesh),
     )
     with jax.set_mesh(mesh):

@@ -86,20 +86,18 @@ class _Run:
         dataset = open_dataset(experiment.data.path)
         make = functools.partial(Pipeline, dataset, batch_size=experiment.batch_size)
         self.data = make(experiment.data, seed=experiment.seed, split="train")
+        datasets = [dataset]
         if (images := experiment.images) is not None:
-            if not self.task.takes_images:
-                raise UserError("config.images is for tokenizers: this task takes no images.")
-            source, size = open_dataset(images.path), experiment.image_batch_size
-            if source.metadata.get("kind") == "latents":
-                raise UserError(f"{images.path} holds latents: config.images needs pixels.")
-            pipeline = Pipeline(source, images, batch_size=size, seed=experiment.seed)
+            datasets.append(open_dataset(images.path))
+            size = experiment.image_batch_size
+            pipeline = Pipeline(datasets[1], images, batch_size=size, seed=experiment.seed)
             self.data = Joint(self.data, pipeline)
         # Threads: an evaluation is over before worker processes would have started.
         few = dataclasses.replace(experiment.data, num_workers=0)
         split = "eval" if experiment.data.eval_fraction else "train"
         self.eval_data = make(few, seed=0, split=split, shuffle=False)
         self.say(f"data: {self.data.describe()}")
-        frozen = self.task.prepare(str(workdir), dataset)
+        frozen = self.task.prepare(str(workdir), *datasets)
         self.frozen = place(frozen, jax.tree.map(lambda _: replicated(mesh), frozen))
         self.key = place(np.asarray(experiment.seed, np.uint32), replicated(mesh))
         self.optimizer = make_optimizer(
@@ -134,7 +132,7 @@ class _Run:
             lambda seed, given: self.create(jax.random.key(seed), given),
             out_shardings=self.shardings,
         )
-        given = self.task.given()
+        given = self.task.given_params()
         given = place(given, {name: self.shardings.params[name] for name in given})
         return create(self.key, given), Progress()
 
@@ -154,8 +152,8 @@ class _Run:
             train_step,
             task=self.task,
             optimizer=self.optimizer,
+            config=self.experiment.optimizer,
             schedule=make_schedule(self.experiment.optimizer, self.experiment.num_steps),
-            ema_decay=self.experiment.optimizer.ema_decay,
             layout=self.layout,
         )
         jitted = jax.jit(

@@ -4,7 +4,7 @@ from walt_jax.models.denoiser.conditions import Conditions
 from walt_jax.models.denoiser.config import CrossAttentionConfig, DenoiserConfig
 from walt_jax.models.denoiser.denoiser import Denoiser
 from walt_jax.models.denoiser.dit_weights import import_dit
-from walt_jax.models.denoiser.interpolation import interpolate_positions
+from walt_jax.models.denoiser.transfer import transfer
 
 __all__ = [
     "Conditions",
@@ -12,5 +12,5 @@ __all__ = [
     "Denoiser",
     "DenoiserConfig",
     "import_dit",
-    "interpolate_positions",
+    "transfer",
 ]

@@ -63,7 +63,8 @@ class DenoiserConfig:
       image_identity: images pass the attention of windows over several frames by an identity mask
         (W.A.L.T's joint training); otherwise they attend within the window's part of one frame.
       relative_bias: Swin's relative position bias in every layer and head.
-      positions: absolute positions, "learned" tables or "sincos" (fixed: DiT, Latte).
+      positions: absolute positions, "learned" tables, "sincos" (fixed: DiT, Latte), or
+        "sincos_space" (fixed in a frame, learned over frames: videos from a DiT of images).
       qk_norm: layer norm of queries and keys in each head (ViT-22B).
       skips: U-ViT's long skip connections between the first and the last half of the layers.
       output_conv: U-ViT's 3 x 3 convolution of each frame after the last layer.
@@ -103,7 +104,7 @@ class DenoiserConfig:
     causal: bool = False
     image_identity: bool = True
     relative_bias: bool = True
-    positions: Literal["learned", "sincos"] = "learned"
+    positions: Literal["learned", "sincos", "sincos_space"] = "learned"
     qk_norm: bool = True
     skips: bool = False
     output_conv: bool = False
@@ -160,8 +161,8 @@ class DenoiserConfig:
                 "that share the heads",
             ),
             (
-                self.positions == "sincos" and self.width % 4 != 0,
-                f"width={self.width} must be a multiple of 4 for positions='sincos'",
+                self.positions != "learned" and self.width % 4 != 0,
+                f"width={self.width} must be a multiple of 4 for positions={self.positions!r}",
             ),
             (
                 self.skips and (self.order == "stages" or self.num_layers // turns % 2 == 0),

@@ -39,7 +39,9 @@ class Denoiser(nnx.Module):
             nnx.Param(table(rngs.params(), (h * w, width))) if learned else None
         )
         self.temporal_embedding = (
-            nnx.Param(table(rngs.params(), (t, width))) if learned and t > 1 else None
+            nnx.Param(table(rngs.params(), (t, width)))
+            if config.positions != "sincos" and t > 1
+            else None
         )
         self.embed = Embedder(config, rngs)
         self.token_embedding = (
