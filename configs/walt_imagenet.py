@@ -9,10 +9,10 @@
     python -m walt_jax.sample --workdir out/walt_imagenet --num 100 --out out/guided \
         --guidance 3.8 --guidance_schedule power_cosine
 
-The tokenizer is that of `configs/tokenizer_imagenet.py`; all but what is here is
-`configs/walt_ucf101.py`'s, whose docstring says more. The model is L with a modulation of each
-layer instead of AdaLN-LoRA, 460M parameters; its spatial layers see the whole frame of 32x32
-latents. 437,900 steps are 350 epochs. The latents of an epoch take 21 GB.
+The tokenizer is that of `configs/tokenizer_imagenet.py`, which trains on the same records and needs
+no classes; all but what is here is `configs/walt_ucf101.py`'s, whose docstring says more. The model
+is L with a modulation of each layer instead of AdaLN-LoRA, 460M parameters; its spatial layers see
+the whole frame of 32x32 latents. 437,900 steps are 350 epochs. The latents of an epoch take 21 GB.
 
 Hardware: as there; 1.2e21 FLOPs, 4300 chip-hours of TPU v5e at an assumed 40 % of its peak.
 Expect an FID of 2.56 and an IS of 215.1 without guidance (table 2), and 2.40 and 290.5 with it

@@ -16,9 +16,9 @@ DiT's. The public code's recipe: 40 clips a step, a million steps, gradients cli
 Hardware: the paper's is 8 GPUs with 5 clips each, `--config.mesh.fsdp=8` here; neither run nor
 measured by us at this size. 4.5e20 FLOPs, 1600 chip-hours of TPU v5e at 40 % of its peak, if that
 is reached.
-Expect an FVD of 478 (table 2), by StyleGAN-V's protocol and with Stable Diffusion's decoder: not to
-be compared with W.A.L.T's, which is of 128x128. Images trained jointly (334) need
-`--config.images`.
+Expect an FVD of 478, or 334 with images trained jointly (here by `config.images`), by StyleGAN-V's
+protocol and with Stable Diffusion's decoder: not to be compared with W.A.L.T's, which is of
+128x128.
 Variants: `debug` takes a few steps of a tiny network in seconds.
 """
 

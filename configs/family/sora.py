@@ -15,8 +15,8 @@ parameters, trained jointly. Patches of many sizes, lengths and aspects in one b
 package yet: here all clips have one shape.
 
 Hardware: a TPU pod, `--config.mesh.fsdp=128`; neither run nor measured by us at this size. 400,000
-steps of 256 clips and as many images (our choice) come to 3e21 FLOPs, 10,000 chip-hours of TPU v5e
-at 40 % of its peak, if that is reached; `causal` to about half of that.
+steps of 256 clips and as many images (our choice) come to 3e21 FLOPs, 10,600 chip-hours of TPU v5e
+at 40 % of its peak, if that is reached; `causal` to 6000.
 Expect no number: none is published.
 Variants: `causal`, `v`; `debug` takes a few steps of a tiny network in seconds.
 """

@@ -6,7 +6,8 @@ from walt_jax import config as config_lib
 from walt_jax.errors import UserError
 from walt_jax.models import Denoiser, DenoiserConfig, Network, Params
 from walt_jax.models.denoiser import transfer
-from walt_jax.models.text import ByteEncoderConfig
+from walt_jax.models.text import ByteEncoder, ByteEncoderConfig
+from walt_jax.parallel.sharding import path_of
 from walt_jax.training.checkpoints import Checkpoints
 
 TEXT = "text"  # the text encoder's name beside the denoiser's own parameters
@@ -35,6 +36,7 @@ def start_from(
         params = checkpoints.restore_part(("ema",))["ema"]
     encoder = params.pop(TEXT, None)
     same = encoder and text == config_lib.build(ByteEncoderConfig, task["text"], TEXT)
+    own = {TEXT: _like(encoder, Network.of(lambda r: ByteEncoder(text, rngs=r)))} if same else {}
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         fresh = network.init(jax.random.key(0))
         return jax.device_get(transfer(params, old, config, fresh)) | (

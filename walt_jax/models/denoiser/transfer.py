@@ -48,8 +48,8 @@ def transfer(params: Params, old: DenoiserConfig, new: DenoiserConfig, fresh: Pa
       model starts as the old one does at no class. (Not where conditions are tokens.)
     - positions="sincos": frame t gets the fixed embedding of t, which a model of images has never
       seen. That of frame 0 is taken off the inputs' biases, so that images and first frames are as
-      before; later frames are not. With "sincos_space", which an image model of "sincos" may become,
-      all are.
+      before; later frames are not. With "sincos_space", which a model of images with "sincos" may
+      become, all are.
     - A window of images that goes on as one over several frames (full attention, W.A.L.T's
       spatiotemporal windows): the weights fit, but frames see each other from the start.
     - An old cross-attention whose queries get another window, or that reads more tokens.
