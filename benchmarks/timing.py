@@ -11,6 +11,7 @@ import jax
 from walt_jax.errors import UserError
 
 FRAMEWORKS = ("walt_jax", "PyTorch")
+_UNCOUNTED = 2  # compilation, and then memory that both allocators take beside each other
 Record = dict[str, Any]
 
 
@@ -78,17 +79,17 @@ def race(
 def alternate(
     runs: Sequence[Callable[[], Any]], repeats: int
 ) -> tuple[list[list[float]], list[list[float]]]:
-    """Seconds on the clock and of all cores, of each run; in turn, after one that is not counted.
+    """Seconds on the clock and of all cores, of each run; in turn, after some that are not counted.
 
     The second holds on a machine that others use too.
     """
     wall: list[list[float]] = [[] for _ in runs]
     cores: list[list[float]] = [[] for _ in runs]
-    for repeat in range(repeats + 1):
+    for repeat in range(-_UNCOUNTED, repeats):
         for i, run in enumerate(runs):
             began = time.perf_counter(), time.process_time()
             run()
-            if repeat:
+            if repeat >= 0:
                 wall[i].append(time.perf_counter() - began[0])
                 cores[i].append(time.process_time() - began[1])
     return wall, cores

@@ -39,6 +39,10 @@ def start_from(
     own = {TEXT: _like(encoder, Network.of(lambda r: ByteEncoder(text, rngs=r)))} if same else {}
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         fresh = network.init(jax.random.key(0))
-        return jax.device_get(transfer(params, old, config, fresh)) | (
-            {TEXT: encoder} if same else {}
-        )
+        return jax.device_get(transfer(params, old, config, fresh)) | own
+
+
+def _like(params: Params, network: Network) -> Params:
+    """With the network's own keys: a checkpoint has turned numbers into strings."""
+    leaves = {path_of(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
+    return jax.tree_util.tree_map_with_path(lambda path, _: leaves[path_of(path)], network.shapes())
