@@ -1,8 +1,8 @@
 """W.A.L.T's denoiser in PyTorch: the layers of `walt_jax.models.Denoiser`, to compare with.
 
 Written from torch.nn alone, for class-conditional networks with AdaLN-LoRA, relative position bias,
-learned positions and normed queries and keys: the defaults of `DenoiserConfig`. Modules have the
-names that they have there, so that the parameters carry over by path. Latents are (B, T, H, W, C).
+learned positions and normed queries and keys: the defaults of `DenoiserConfig`. Modules are named
+as they are there, so that the parameters carry over by path. Latents are (B, T, H, W, C).
 """
 
 import math
@@ -111,7 +111,7 @@ class TorchDenoiser(nn.Module):
         self.grid = config.grid
         self.patch_in = nn.Linear(config.latent_channels, width)
         self.spatial_embedding = nn.Parameter(torch.zeros(h * w, width))
-        self.temporal_embedding = nn.Parameter(torch.zeros(t, width))
+        self.temporal_embedding = nn.Parameter(torch.zeros(t, width)) if t > 1 else None
         self.time = TimeEmbedding(width)
         self.class_embedding = nn.Parameter(
             torch.zeros(config.num_classes + config.null_class, width)
@@ -124,7 +124,9 @@ class TorchDenoiser(nn.Module):
 
     def forward(self, z: Tensor, t: Tensor, label: Tensor) -> Tensor:
         places = self.spatial_embedding.unflatten(0, self.grid[1:])
-        x = self.patch_in(z) + places + self.temporal_embedding[:, None, None]
+        if self.temporal_embedding is not None:
+            places = places + self.temporal_embedding[:, None, None]
+        x = self.patch_in(z) + places
         condition = self.time(t.float()) + self.class_embedding[label]
         shared = self.adaln(functional.silu(condition))
         for layer in self.layers:
@@ -177,7 +179,7 @@ def step(optimizer: torch.optim.Optimizer, model: nn.Module, *inputs: Tensor) ->
     return loss
 
 
-_RENAMED = (  # one attention a layer, of one window
+_RENAMED = (  # a layer has one attention here, and that one window
     ("attentions.0.biases.0.", "attention."),
     ("attentions.0.norm.", "attention."),
     ("attentions.0.", "attention."),
