@@ -14,7 +14,8 @@ wait for each other.
 
 With `--tpu`: cycles, share of peak and HBM of the W.A.L.T tokenizer (bfloat16, one clip a chip) by
 the TPU compiler, with no TPU attached, part by part (`tokenizer_parts.py`); with `--levels` only
-the residual block of each level. All of it takes hours on two cores, a level minutes.
+the residual block of each level. A small video takes half an hour a chip on one core; the
+backward passes of a large one take 20 GB of memory to price (`--forward` leaves them out).
 """
 
 import argparse
@@ -45,7 +46,7 @@ TOLERANCE = 1e-4
 def main() -> None:
     args = _arguments()
     records = []
-    new = price(args.chips, args.videos, args.levels, args.plain) if args.tpu else compare(args)
+    new = price(args) if args.tpu else compare(args)
     for record in new:
         records.append(record)
         if args.json:
@@ -67,6 +68,7 @@ def _arguments() -> argparse.Namespace:
     tpu = parser.add_argument_group("the TPU compiler's estimates")
     tpu.add_argument("--tpu", action="store_true")
     tpu.add_argument("--levels", action="store_true", help="the residual block of each level alone")
+    tpu.add_argument("--forward", action="store_true", help="no backward passes")
     tpu.add_argument("--plain", action="store_true", help="without our kernels, to compare")
     tpu.add_argument("--chips", nargs="+", default=["v5e", "v5p"], choices=("v5e", "v5p", "v6e"))
     videos = [(17, 128, 128), (17, 512, 896)]
@@ -202,9 +204,7 @@ def _setting(args: argparse.Namespace, dtype: str, params: int, torch: Any) -> s
     )
 
 
-def price(
-    chips: list[str], videos: list[tuple[int, int, int]], levels: bool, plain: bool
-) -> Iterator[Record]:
+def price(args: argparse.Namespace) -> Iterator[Record]:
     """Prints and gives the TPU compiler's estimates.
 
     Raises:
@@ -212,29 +212,37 @@ def price(
     """
     jax.config.update("jax_platforms", "cpu")
     from benchmarks import tokenizer_parts as tokenizer
-    from benchmarks.tpu_estimate import NOTE
+    from benchmarks.tpu_estimate import NOTE, TooLarge
 
+    all_passes = tokenizer.PASSES[:1] if args.forward else tokenizer.PASSES
     print(f"{NOTE}; one clip a chip, bfloat16, each distinct part by itself and summed by count")
-    for video in videos:
-        parts = tokenizer.tokenizer_parts(TokenizerConfig(), video, False if plain else None)
-        for chip in chips:
+    for video in args.videos:
+        fused = False if args.plain else None
+        parts = tokenizer.tokenizer_parts(TokenizerConfig(), video, fused)
+        for chip in args.chips:
             print(f"\n{'x'.join(map(str, video))} on {chip}: Mcycles of one and share of peak")
-            header = "".join(f"{p:>22}" for p in tokenizer.PASSES)
+            header = "".join(f"{p:>22}" for p in all_passes)
             print(f"{'part':<30}{'input':>20}{'count':>7}{header}")
-            rows = []
-            for part in tokenizer.level_blocks(parts) if levels else parts:
+            rows, too_large = [], set()
+            for part in tokenizer.level_blocks(parts) if args.levels else parts:
                 size = "x".join(map(str, part.input))
                 print(f"{part.name:<30}{size:>20}{part.count:>7}", end="", flush=True)
-                for passes in tokenizer.PASSES:
-                    row = tokenizer.Row(part, passes, chip, part.price(passes, chip))
+                for passes in all_passes:
+                    try:
+                        row = tokenizer.Row(part, passes, chip, part.price(passes, chip))
+                    except TooLarge as e:
+                        yield {"video": video, "part": part.name, "passes": passes, "error": str(e)}
+                        print(f"{'does not fit':>22}", end="", flush=True)
+                        too_large.add(passes)
+                        continue
                     rows.append(row)
                     yield {"video": video, **row.record()}
                     lost = "?" if row.estimate.unpriced else " "
                     text = f"{row.estimate.cycles / 1e6:.2f} {row.share:7.1%}{lost}"
                     print(f"{text:>22}", end="", flush=True)
                 print()
-            if not levels:
-                for passes in tokenizer.PASSES:
+            if not args.levels:
+                for passes in (p for p in all_passes if p not in too_large):
                     sums = tokenizer.total([r for r in rows if r.passes == passes])
                     _print_total(sums)
                     yield {"video": video, "part": "sum", **sums}

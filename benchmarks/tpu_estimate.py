@@ -51,6 +51,10 @@ CHIPS = {
 }
 
 
+class TooLarge(UserError):
+    """The program does not fit into the chip's memory."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Estimate:
     """The compiler's estimate for one chip.
@@ -85,6 +89,7 @@ def estimate(
 
     Raises:
       UserError: the TPU compiler is not installed.
+      TooLarge: the compiler finds no room for the program.
       ValueError: a loop without a constant bound.
     """
     exported = jax.export.export(jax.jit(function), platforms=["tpu"])(*arguments)
@@ -121,7 +126,13 @@ def _compile(exported: jax.export.Exported, chip: str) -> jax.stages.Compiled:
     device = jax.sharding.SingleDeviceSharding(topology.devices[0])
     shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device) for a in exported.in_avals]
     args, kwargs = jax.tree.unflatten(exported.in_tree, shapes)
-    return jax.jit(exported.call).lower(*args, **kwargs).compile()
+    lowered = jax.jit(exported.call).lower(*args, **kwargs)
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as e:
+        if "RESOURCE_EXHAUSTED" not in str(e):
+            raise
+        raise TooLarge(f"{str(e).splitlines()[0]} ({chip}).") from e
 
 
 @dataclasses.dataclass(frozen=True)

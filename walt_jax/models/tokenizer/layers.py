@@ -6,6 +6,7 @@ All take and give (B, T, H, W, C) and are causal in time: frame t of the output 
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -16,6 +17,7 @@ from walt_jax.kernels.channel_moments import channel_moments
 
 Triple = tuple[int, int, int]
 EPSILON = 1e-6  # added to variances
+_LANES = 128  # of a TPU: fewer channels than that are padded to them
 
 
 class CausalConv(nnx.Module):
@@ -73,7 +75,8 @@ def convolve(x: jax.Array, kernel: jax.Array, strides: Triple = (1, 1, 1)) -> ja
     """A 3-D convolution without padding.
 
     The result is that of XLA's 3-D convolution, by 2-D ones, which are faster: on CPUs 3 to 5
-    times, by the TPU compiler's estimate 1.4 times forward and 5 times backward.
+    times, by the TPU compiler's estimate 1.4 times forward and 5 times backward. On TPUs a few
+    channels, such as colours, are contracted with all taps at once, which takes a third of that.
 
     Args:
       x: (B, T, H, W, C), of the kernel's dtype.
@@ -82,13 +85,14 @@ def convolve(x: jax.Array, kernel: jax.Array, strides: Triple = (1, 1, 1)) -> ja
     """
     kt = kernel.shape[0]
     time_stride, stride, _ = strides
+    few = strides == (1, 1, 1) and math.prod(kernel.shape[:4]) <= _LANES
     frames = (x.shape[1] - kt) // time_stride + 1
     taps = [x[:, i : i + time_stride * (frames - 1) + 1 : time_stride] for i in range(kt)]
     return jax.lax.platform_dependent(
         tuple(taps),
         kernel,
         cpu=_side_by_side(stride, _on_cpu),
-        tpu=_one_by_one(stride),
+        tpu=_all_at_once if few else _one_by_one(stride),
         default=_side_by_side(stride, _plain),
     )
 
@@ -117,6 +121,16 @@ def _one_by_one(stride: int) -> OfTaps:
         return functools.reduce(jnp.add, parts).astype(kernel.dtype)
 
     return run
+
+
+def _all_at_once(taps: tuple[jax.Array, ...], kernel: jax.Array) -> jax.Array:
+    """The taps in time, rows and columns are laid side by side as channels: one product."""
+    _, kh, kw, _, features = kernel.shape
+    height, width = taps[0].shape[2] - kh + 1, taps[0].shape[3] - kw + 1
+    moved = [
+        x[:, :, i : i + height, j : j + width] for x in taps for i in range(kh) for j in range(kw)
+    ]
+    return jnp.concatenate(moved, axis=-1) @ kernel.reshape(-1, features)
 
 
 def _over_frames(
