@@ -18,7 +18,7 @@ them are the tokenizer's, which encodes the clips anew in every step.
 Expect no number: the paper scores its base models only.
 Not in the paper and chosen by us, besides what is said there: t_max_noise, the largest time of the
 noise on the small latents, a quarter of the process; averages of 2x2 pixels as small frames; videos
-alone (--config.images.path, .num_frames=1 and --config.image_batch_size add images).
+alone.
 Variants: `debug` takes a few steps of a tiny network in seconds.
 """
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from walt_jax import cli
-from walt_jax.diffusion import Sampler, Scale
+from walt_jax.diffusion import Constant, Sampler, Scale
 from walt_jax.errors import UserError
 from walt_jax.gallery import Section, write_gallery
 from walt_jax.media import frame_grid, write_mp4, write_png
@@ -25,7 +25,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--num", type=int, default=16, help="videos, labels and prompts taking turns"
     )
-    parser.add_argument("--guidance", type=float, default=1.0, help="1 is none (default)")
+    parser.add_argument(
+        "--guidance", type=float, help="its strength, 1 is none (default: none, or the schedule's)"
+    )
     parser.add_argument(
         "--guidance_schedule",
         choices=sorted(Scale.registry),
@@ -47,7 +49,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1, got {getattr(args, name)}.")
     generator = Generator.load(args.workdir, args.checkpoint)
-    task = generator.task
+    task, model = generator.task, generator.task.model
+    scale = Scale.registry[args.guidance_schedule]
+    scale = scale() if args.guidance is None else scale(scale=args.guidance)
+    if scale != Constant() and not (model.num_classes or model.text_features):
+        raise UserError("This model has no classes and reads no text: leave --guidance out.")
     kind = args.sampler or task.sampler.name
     if kind == task.sampler.name:
         sampler = dataclasses.replace(task.sampler, num_steps=args.steps)
@@ -60,12 +66,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         count=args.num,
         seed=args.seed,
         sampler=sampler,
-        guidance=Scale.registry[args.guidance_schedule](scale=args.guidance),
+        guidance=scale,
         batch_size=args.batch_size,
     )
     settings = (
         f"step {generator.step}, {args.steps} steps of {kind}, {args.guidance_schedule} guidance "
-        f"{args.guidance:g}, seed {args.seed}"
+        f"{scale.scale:g}, seed {args.seed}"
     )
     write_samples(Path(args.out), videos, captions, generator.fps, settings)
     print(f"{args.num} videos in {args.out}; look at {args.out}/index.html")

@@ -122,7 +122,7 @@ class Generator:
         sampler: Sampler = Ddim(),  # noqa: B008
         guidance: Scale = NONE,
         given_guidance: Scale = NONE,
-        low_noise: float = 0.05,
+        low_noise: float | None = None,
         batch_size: int = 16,
         progress: bool = True,
     ) -> np.ndarray:
@@ -142,7 +142,8 @@ class Generator:
           sampler: with its number of steps.
           guidance: strength of classifier-free guidance by class and text.
           given_guidance: by the given latents, likewise.
-          low_noise: time of the noise on `low`, a share of the process's.
+          low_noise: time of the noise on `low`, a share of the process's; by default 0.05, or what
+            training had at most.
           batch_size: videos at a time, rounded up to the devices.
           progress: show a progress bar.
 
@@ -166,7 +167,13 @@ class Generator:
                 f"Sampling needs one number of videos, got {sorted(counts) or 'none'}: labels, "
                 "prompts, given and low must have one entry a video, or say count."
             )
-        total = counts.pop()
+        total, classes = counts.pop(), self.task.model.num_classes
+        wanted.check(self.task.model)
+        if labels is not None and not 0 <= np.min(labels) <= np.max(labels) <= classes:
+            raise UserError(
+                f"The labels go from {np.min(labels)} to {np.max(labels)}, but this model has "
+                f"classes 0 to {classes - 1}, and {classes} for none."
+            )
         mesh = make_mesh(MeshConfig())
         with jax.set_mesh(mesh):
             devices = mesh.devices.size

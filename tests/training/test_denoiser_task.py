@@ -182,8 +182,48 @@ def test_sampling_keeps_what_is_given_and_guides_by_it():
     other[:, 0] += 1.0
     assert np.abs(sample(other, 1.0) - z)[:, 1:].max() > 1e-3
     assert np.abs(sample(given, 3.0) - z)[:, 1:].max() > 1e-3
-    # A scale of 0 is what nothing given looks like.
-    np.testing.assert_allclose(sample(other, 0.0)[:, 1:], sample(given, 0.0)[:, 1:], atol=1e-5)
+
+
+def test_the_network_sees_given_latents_as_noisy_as_in_training(monkeypatch):
+    task = change(model={"given": "channels"}, given=GivenConfig(first=0.5))
+    given = np.random.default_rng(1).normal(size=(2, 3, 4, 4, 2)).astype(np.float32)
+    mask = np.zeros((2, 3, 4, 4), bool)
+    mask[:, 0] = True
+    seen = []
+
+    def predict(self, params, x, t, conditions, layout):
+        jax.debug.callback(lambda *now: seen.append(now), x, t, ordered=True)
+        return jnp.zeros_like(x)
+
+    monkeypatch.setattr(DenoiserTask, "_predict", predict)
+    keys = jax.random.split(jax.random.key(0), 2)
+    wanted = Wanted(given=given, given_mask=mask)
+    task.sample({}, Pixels(), wanted, keys, Ddim(num_steps=3))
+    noise = standard_normal(keys, given.shape[1:])
+    assert len(seen) == 3
+    for x, t in seen:
+        expected = task.diffusion.add_noise(given, noise, jnp.asarray(t))
+        np.testing.assert_allclose(x[:, 0], expected[:, 0], atol=1e-6)
+        assert np.abs(x - expected)[:, 1:].max() > 0.01 or t[0] == 999
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        (Wanted(label=np.zeros(2, np.int32)), "takes no 'label'"),
+        (Wanted(low=np.zeros((2, 3, 2, 2, 2), np.float32)), "takes no 'low'"),
+        (Wanted(text=np.zeros((2, 4), np.uint8)), "takes no 'text'"),
+        (Wanted(given=np.zeros((2, 3, 4, 4, 2), np.float32)), "takes no 'given'"),
+    ],
+)
+def test_what_a_model_was_not_built_for_is_one_sentence(wanted, message):
+    keys = jax.random.split(jax.random.key(0), 2)
+    with pytest.raises(UserError, match=message):
+        TASK.sample({}, Pixels(), wanted, keys, Ddim(num_steps=1))
+    given = change(model={"given": "channels"}, given=GivenConfig(first=0.5))
+    alone = Wanted(given=np.zeros((2, 3, 4, 4, 2), np.float32))
+    with pytest.raises(UserError, match="together: give both"):
+        given.sample({}, Pixels(), alone, keys, Ddim(num_steps=1))
 
 
 def test_guidance_goes_from_nothing_said_to_all():
@@ -307,6 +347,9 @@ def test_a_learned_variance_and_flow_train_and_sample():
     ("fields", "message"),
     [
         ({"class_dropout": 1.5}, "class_dropout must lie in 0 to 1"),
+        ({"sampler": Ddim(num_steps=2000)}, "takes 1 to 1000 steps"),
+        ({"model": {"num_heads": 0}}, "num_heads must be positive, got 0"),
+        ({"model": {"windows": ((0, -8, 8),)}}, "windows must be 0 or more"),
         ({"model": {"learned_sigma": True}}, "belongs to eps_sigma"),
         ({"model": {"text_features": 4}}, "must be the width of config.task.text, 0"),
         ({"model": {"given": "in_place"}}, "sum to 0: set both"),

@@ -34,7 +34,7 @@ def resolve_window(grid: Sequence[int], window: Sequence[int]) -> Window:
     """
     full = tuple(g if w == 0 else w for g, w in zip(grid, window))
     if any(g % w for g, w in zip(grid, full)):
-        fits = ", ".join(f"{axis} a multiple of {w}" for axis, w in zip(("T", "H", "W"), full))
+        fits = ", ".join(f"{axis} a multiple of {w}" for axis, w in zip("THW", window) if w)
         raise UserError(
             f"The window {tuple(window)} does not tile the grid {tuple(grid)} of latents: "
             f"it fits grids with {fits}."

@@ -115,7 +115,7 @@ _READS_GIVEN = CrossAttentionConfig(queries=False)
 DENOISERS |= {
     "latte-xl-2": replace(_sized(_VIDEO, "xl"), windows=_FACTORISED),
     "vdt-l": _sized(_VDT, "xl"),
-    "vdt-l-adaln": replace(_sized(_VDT, "xl"), given="adaln"),
+    "vdt-l-adaln": replace(_sized(_VDT, "xl"), conditioning="adaln", given="adaln"),
     "vdt-l-cross-attention": replace(
         _sized(_VDT, "xl"), given="cross_attention", cross_attention=_READS_GIVEN
     ),

@@ -1,6 +1,7 @@
 """A small text encoder over bytes, trained jointly with the denoiser that reads it."""
 
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +29,11 @@ class ByteEncoderConfig:
     num_layers: int = 2
     num_heads: int = 4
     max_bytes: int = 128
-    dtype: str = "bfloat16"
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
 
     def __post_init__(self) -> None:
+        if min(self.width, self.num_layers, self.num_heads, self.max_bytes) < 1:
+            raise UserError(f"The sizes of config.task.text must be positive, got {self}.")
         if self.width % self.num_heads:
             raise UserError(
                 f"config.task.text.width={self.width} must be a multiple of num_heads="

@@ -64,6 +64,10 @@ class Task(abc.ABC):
         del workdir, datasets
         return {}
 
+    def keep(self, frozen: PyTree, workdir: str) -> None:
+        """Puts what `prepare` gave into the workdir, once the run can start, where it must stay."""
+        del frozen, workdir
+
     def init_extra(self) -> PyTree:
         """Statistics kept in the state beside the parameters."""
         return {}

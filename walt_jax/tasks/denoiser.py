@@ -20,6 +20,7 @@ from walt_jax.training.denoisers import TEXT, start_from
 from walt_jax.training.tokenizers import find_tokenizer, keep_tokenizer
 
 NONE = Constant(1.0)
+_APART = 2**30  # a tag of random draws beyond all rows and steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +61,7 @@ class DenoiserTask(Task, name="denoiser"):
 
     def __post_init__(self) -> None:
         self.sampler.check(self.diffusion)
+        self.diffusion.process.grid(self.sampler.num_steps)  # refuses more than there are
         for wrong, sentence in self._mistakes():
             if wrong:
                 raise UserError(f"config.task.{sentence}.")
@@ -117,8 +119,10 @@ class DenoiserTask(Task, name="denoiser"):
             )
         for dataset in datasets:
             self._check(dataset, tokenizer)
-        keep_tokenizer(tokenizer, workdir)
         return tokenizer
+
+    def keep(self, frozen: FrozenTokenizer, workdir: str) -> None:
+        keep_tokenizer(frozen, workdir)
 
     def _check(self, dataset: Dataset, tokenizer: FrozenTokenizer) -> None:
         cached = dataset.metadata.get("tokenizer_hash")
@@ -155,7 +159,7 @@ class DenoiserTask(Task, name="denoiser"):
     ) -> tuple[jax.Array, tuple[Metrics, PyTree]]:
         loss, metrics = self._losses(params, frozen, batch, key, layout).mean(), {}
         if images := images_of(batch):
-            key = jax.random.fold_in(key, 1)
+            key = jax.random.fold_in(key, _APART)
             of_images = self._losses(params, frozen, images, key, layout).mean()
             metrics = {"loss/videos": loss, "loss/images": of_images}
             share = images["label"].shape[0] / (images["label"].shape[0] + batch["label"].shape[0])
@@ -196,7 +200,8 @@ class DenoiserTask(Task, name="denoiser"):
         keys = sample_keys(key, rows)
         x0, wanted = self._data(frozen, batch, keys, layout)
         told, low = jnp.ones(rows, bool), jnp.full(rows, 0.5 * self.low_noise)
-        return {"loss": self._errors(params, x0, wanted, t, keys, told, low, layout)}
+        errors = self._errors(params, x0, wanted, t, _fold(keys, 2), told, low, layout)
+        return {"loss": errors}
 
     def preview(
         self,
@@ -222,7 +227,7 @@ class DenoiserTask(Task, name="denoiser"):
         guidance: Scale = NONE,
         *,
         given_guidance: Scale = NONE,
-        low_noise: float = 0.05,
+        low_noise: float | None = None,
         image: bool = False,
         layout: Layout = Layout(),  # noqa: B008
     ) -> jax.Array:
@@ -236,7 +241,8 @@ class DenoiserTask(Task, name="denoiser"):
           sampler: of `diffusion`.
           guidance: strength of classifier-free guidance by class and text; 1 is none.
           given_guidance: by the given latents, likewise.
-          low_noise: time of the noise on the low-resolution latents, a share of the process's.
+          low_noise: time of the noise on the low-resolution latents, a share of the process's;
+            by default 0.05, or what training had at most.
           image: one frame instead of all.
           layout: where activations lie on the mesh.
 
@@ -246,9 +252,12 @@ class DenoiserTask(Task, name="denoiser"):
         Raises:
           UserError: `wanted` is not what the model was built for.
         """
+        wanted.check(self.model)
         frames = 1 if image else self.model.grid[0]
         noise = standard_normal(keys, (frames, *self.model.grid[1:], self.model.latent_channels))
-        share = jnp.full(keys.shape[0], low_noise)
+        share = jnp.full(
+            keys.shape[0], min(0.05, self.low_noise) if low_noise is None else low_noise
+        )
         said, scales = wanted.steps(self.model.num_classes, guidance, given_guidance)
         told = [self._conditions(params, w, keys, share) for w in said]
 
@@ -266,7 +275,16 @@ class DenoiserTask(Task, name="denoiser"):
             self.diffusion.process.num_timesteps,
             channels=self.model.latent_channels if self.model.learned_sigma else None,
         )
-        z = sampler(guided, noise, keys, self.diffusion)
+
+        def placed(x: jax.Array, t: jax.Array, estimate: jax.Array) -> jax.Array:
+            """With the given latents where they are given, as noisy as in training."""
+            if wanted.given is not None:
+                mask = wanted.given_mask[..., None]
+                x = jnp.where(mask, self.diffusion.add_noise(wanted.given, noise, t), x)
+                estimate = jnp.where(mask, wanted.given, estimate)
+            return guided(x, t, estimate)
+
+        z = sampler(placed, noise, keys, self.diffusion)
         if wanted.given is not None:
             z = jnp.where(wanted.given_mask[..., None], wanted.given, z)
         return frozen.decode(z, layout)
@@ -286,7 +304,7 @@ class DenoiserTask(Task, name="denoiser"):
                 "of a caption it reads (in config.images too, where there are images)."
             )
         given = mask = low = None
-        if model.given != "none" and x0.shape[1] > 1:
+        if model.given != "none" and x0.shape[1] == model.grid[0]:  # no image beside videos
             given, mask = x0, draw_masks(self.given, _fold(keys, 4), x0.shape[1:4])
         if model.upsampling is not None:
             small = _shrink(to_unit(batch["video"]), model.upsampling)
@@ -311,7 +329,7 @@ class DenoiserTask(Task, name="denoiser"):
             low_time = low_noise * (process.num_timesteps - 1)
             low_time = low_time.astype(jnp.int32) if process.discrete else low_time
             low = self.network.bind(_denoiser(params)).upsample(wanted.low)
-            eps = standard_normal(_fold(keys, 7), low.shape[1:])
+            eps = standard_normal(_fold(keys, _APART), low.shape[1:])
             low = self.diffusion.add_noise(low, eps, low_time)
         return Conditions(
             label=wanted.label,
@@ -347,6 +365,8 @@ class DenoiserTask(Task, name="denoiser"):
             fixed = jax.lax.stop_gradient((params, conditions))
             guess = self._predict(fixed[0], x_t, t, fixed[1], layout)
             estimate = self.diffusion.read(guess, x_t, t).x0
+            if wanted.given is not None:
+                estimate = jnp.where(wanted.given_mask[..., None], wanted.given, estimate)
             estimate = jnp.where(told[:, None, None, None, None], estimate, 0.0)
             conditions = dataclasses.replace(conditions, estimate=estimate)
         out = self._predict(params, x_t, t, conditions, layout)

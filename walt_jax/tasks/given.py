@@ -82,7 +82,8 @@ def draw_masks(config: GivenConfig, keys: jax.Array, grid: Grid) -> jax.Array:
         nothing = jnp.zeros(grid, bool)
         masks = [_KINDS[kind](draw, grid, config.first_frames) for kind in _KINDS]
         masks = jnp.stack([nothing, *(jnp.broadcast_to(mask, grid) for mask in masks)])
-        return masks[jax.random.choice(pick, len(masks), p=odds)]
+        mask = masks[jax.random.choice(pick, len(masks), p=odds)]
+        return mask & ~mask.all()  # of a clip that is given whole, nothing would be learned
 
     return jax.vmap(one)(keys)
 

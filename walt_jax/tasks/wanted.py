@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from walt_jax.diffusion import Scale
+from walt_jax.errors import UserError
+from walt_jax.models import DenoiserConfig
 
 
 @jax.tree_util.register_dataclass
@@ -25,6 +27,32 @@ class Wanted:
     given: jax.Array | None = None
     given_mask: jax.Array | None = None
     low: jax.Array | None = None
+
+    def check(self, model: DenoiserConfig) -> None:
+        """Refuses what a model cannot show.
+
+        Raises:
+          UserError: something is said that the model was not built for, or lacking.
+        """
+        takes = {
+            "label": (model.num_classes > 0, f"num_classes={model.num_classes}"),
+            "text": (model.text_features > 0, f"text_features={model.text_features}"),
+            "low": (model.upsampling is not None, f"upsampling={model.upsampling}"),
+        }
+        for name, (built, why) in takes.items():
+            if (getattr(self, name) is not None) != built:
+                verb = "needs" if built else "takes no"
+                advice = "give it" if built else "leave it out"
+                raise UserError(
+                    f"Sampling from this model {verb} {name!r}, it was built with {why}: {advice}."
+                )
+        if self.given is not None and model.given == "none":
+            raise UserError(
+                "Sampling from this model takes no 'given', it was built with given='none': leave "
+                "it out."
+            )
+        if (self.given is None) != (self.given_mask is None):
+            raise UserError("Sampling takes 'given' and 'given_mask' together: give both.")
 
     def steps(
         self, num_classes: int, guidance: Scale, given_guidance: Scale

@@ -1,13 +1,15 @@
 """Starting a denoiser from the weights of another run."""
 
+import dataclasses
+
 import jax
 
 from walt_jax import config as config_lib
 from walt_jax.errors import UserError
 from walt_jax.models import Denoiser, DenoiserConfig, Network, Params
 from walt_jax.models.denoiser import transfer
-from walt_jax.models.text import ByteEncoder, ByteEncoderConfig
-from walt_jax.parallel.sharding import path_of
+from walt_jax.models.text import ByteEncoderConfig
+from walt_jax.parallel import MeshConfig, make_mesh
 from walt_jax.training.checkpoints import Checkpoints
 
 TEXT = "text"  # the text encoder's name beside the denoiser's own parameters
@@ -21,7 +23,7 @@ def start_from(
 ) -> Params:
     """The moving average of the run in `workdir`, made to fit `config`, on the host.
 
-    With the text encoder of that run if it is of the sizes `text`.
+    With the text encoder of that run, where both have one.
 
     Raises:
       UserError: the folder holds no denoiser's run, or one that does not fit.
@@ -35,14 +37,13 @@ def start_from(
     with Checkpoints(workdir, read_only=True) as checkpoints:
         params = checkpoints.restore_part(("ema",))["ema"]
     encoder = params.pop(TEXT, None)
-    same = encoder and text == config_lib.build(ByteEncoderConfig, task["text"], TEXT)
-    own = {TEXT: _like(encoder, Network.of(lambda r: ByteEncoder(text, rngs=r)))} if same else {}
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        fresh = network.init(jax.random.key(0))
-        return jax.device_get(transfer(params, old, config, fresh)) | own
-
-
-def _like(params: Params, network: Network) -> Params:
-    """With the network's own keys: a checkpoint has turned numbers into strings."""
-    leaves = {path_of(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
-    return jax.tree_util.tree_map_with_path(lambda path, _: leaves[path_of(path)], network.shapes())
+    sizes = task.get("text")
+    trained = sizes and config_lib.build(ByteEncoderConfig, sizes, f"{workdir}: task.text")
+    if trained and text and dataclasses.replace(trained, dtype=text.dtype) != text:
+        raise UserError(
+            f"The text encoder of config.task.init_from={workdir} is {trained}, but "
+            f"config.task.text is {text}: make it the same."
+        )
+    with jax.set_mesh(make_mesh(MeshConfig(), jax.local_devices(backend="cpu")[:1])):
+        fresh = jax.device_get(network.init(jax.random.key(0)))
+    return transfer(params, old, config, fresh) | ({TEXT: encoder} if trained and text else {})

@@ -64,9 +64,10 @@ class OptimizerConfig:
         rows = jax.tree.leaves(found, is_leaf=lambda x: isinstance(x, tuple))
         for i, pattern in enumerate(self.frozen):
             if not any(row[i] for row in rows):
+                paths = [path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
                 raise UserError(
                     f"config.optimizer.frozen has {pattern!r}, which is found in the path of no "
-                    "parameter: the run's shardings.txt lists the paths."
+                    f"parameter; paths are {', '.join(paths[:: max(1, len(paths) // 5)])} ..."
                 )
         if rows and all(map(any, rows)):
             raise UserError("config.optimizer.frozen leaves no parameter to train.")

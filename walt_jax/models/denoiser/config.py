@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Literal
 
+import numpy as np
+
 from walt_jax.errors import UserError
 from walt_jax.kernels import resolve_window
 from walt_jax.kernels.window_attention import Window
@@ -128,7 +130,7 @@ class DenoiserConfig:
     upsampling: tuple[int, int, int] | None = None
     learned_sigma: bool = False
     remat: bool = True
-    dtype: str = "bfloat16"
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
 
     def __post_init__(self) -> None:
         for wrong, sentence in self._mistakes():
@@ -138,6 +140,12 @@ class DenoiserConfig:
             resolve_window(self.tokens, window)
 
     def _mistakes(self) -> list[tuple[bool, str]]:
+        sizes = ("grid", "latent_channels", "patch_size", "width", "num_heads", "num_layers")
+        small = [(n, getattr(self, n)) for n in (*sizes, "adaln_rank", "mlp_ratio", "upsampling")]
+        small = [(n, v) for n, v in small if v is not None and np.min(v) <= 0]
+        if small or np.min(self.windows or 0) < 0:
+            name, value = small[0] if small else ("windows", self.windows)
+            return [(True, f"{name} must be {'positive' if small else '0 or more'}, got {value}")]
         turns = max(1, len(self.windows)) if self.order in ("alternate", "stages") else 1
         extra = self.conditioning == "in_context" or self.given == "tokens"
         return [
