@@ -23,9 +23,7 @@ import dataclasses
 import json
 import math
 import os
-import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,6 +32,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import timing
+from benchmarks.timing import Record
 from walt_jax import cli
 from walt_jax.errors import UserError
 from walt_jax.models import Network, Tokenizer, TokenizerConfig, count
@@ -41,8 +41,6 @@ from walt_jax.models.tokenizer.layers import CausalConv
 from walt_jax.models.tokenizer.whole import Whole
 
 TOLERANCE = 1e-4
-FRAMEWORKS = ("walt_jax", "PyTorch")
-Record = dict[str, Any]
 
 
 def main() -> None:
@@ -95,7 +93,7 @@ def compare(args: argparse.Namespace) -> Iterator[Record]:
         from benchmarks import torch_tokenizer as twin
     except ModuleNotFoundError as e:
         raise UserError("PyTorch is missing: pip install torch to compare with it.") from e
-    _choose(args.device, torch.cuda.is_available())
+    timing.choose_device(args.device, torch.cuda.is_available())
     dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     # In proportion to the paper's: four channels a group at the first level.
     groups = max(1, args.channels // 4)
@@ -130,30 +128,15 @@ def compare(args: argparse.Namespace) -> Iterator[Record]:
             lambda: twin.train(conv, g, 0.0),
         ),
     )
-    print(f"\n{'':<34}{'clips/s':>20}{'':8}{'core seconds a clip':>22}")
-    print(f"{'':<34}{'walt_jax':>10}{'PyTorch':>10}{'ratio':>8}{'walt_jax':>12}{'PyTorch':>10}")
+    timing.print_header()
     for name, mine, theirs in rows:
-        wall, cores = _alternate(
-            (lambda mine=mine: jax.block_until_ready(mine()), theirs), args.repeats
-        )
-        speeds = [args.batch / statistics.median(w) for w in wall]
-        spent = [statistics.median(c) / args.batch for c in cores]
-        print(
-            f"{name:<34}{speeds[0]:>10.3f}{speeds[1]:>10.3f}{speeds[0] / speeds[1]:>7.2f}x"
-            f"{spent[0]:>12.3f}{spent[1]:>10.3f}",
-            flush=True,
-        )
         yield {
-            "name": name,
-            "seconds": dict(zip(FRAMEWORKS, wall)),
-            "core_seconds": dict(zip(FRAMEWORKS, cores)),
-            "ratio": speeds[0] / speeds[1],
+            **timing.race(name, mine, theirs, clips=args.batch, repeats=args.repeats),
             "device": args.device,
             "dtype": dtype,
             "channels": args.channels,
             "shape": x.shape,
             "errors": errors,
-            "load": os.getloadavg(),
         }
     print(f"load of this machine in the last minute: {os.getloadavg()[0]:.1f}")
 
@@ -170,17 +153,6 @@ def _differences(
         for name, p in model.named_parameters()
     )
     return {name: float(error) for name, error in errors.items()}
-
-
-def _choose(device: str, cuda: bool) -> None:
-    # Else JAX takes most of the memory at once and PyTorch finds none.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    if device == "cpu":
-        jax.config.update("jax_platforms", "cpu")
-    elif jax.default_backend() != "gpu":
-        raise UserError('JAX finds no GPU here: pip install "jax[cuda12]", or --device cpu.')
-    elif not cuda:
-        raise UserError("PyTorch finds no GPU here: install its CUDA build, or --device cpu.")
 
 
 def _network(config: TokenizerConfig) -> Network[Tokenizer]:
@@ -224,36 +196,11 @@ def _ours(config: TokenizerConfig) -> tuple[Callable, Callable, Callable]:
     return jax.jit(reconstruct), train, jax.jit(jax.value_and_grad(conv_loss, argnums=(0, 1)))
 
 
-def _alternate(
-    runs: Sequence[Callable[[], Any]], repeats: int
-) -> tuple[list[list[float]], list[list[float]]]:
-    """Seconds on the clock and of all cores, of each run; in turn, after one that is not counted.
-
-    The second holds on a machine that others use too.
-    """
-    wall: list[list[float]] = [[] for _ in runs]
-    cores: list[list[float]] = [[] for _ in runs]
-    for repeat in range(repeats + 1):
-        for i, run in enumerate(runs):
-            began = time.perf_counter(), time.process_time()
-            run()
-            if repeat:
-                wall[i].append(time.perf_counter() - began[0])
-                cores[i].append(time.process_time() - began[1])
-    return wall, cores
-
-
 def _setting(args: argparse.Namespace, dtype: str, params: int, torch: Any) -> str:
     video = "x".join(map(str, args.video))
-    tunables = "set" if "GLIBC_TUNABLES" in os.environ else "NOT set (XLA is slower for it)"
-    where = (
-        f"GPU {torch.cuda.get_device_name()}"
-        if args.device == "cuda"
-        else f"CPU, {torch.get_num_threads()} threads, GLIBC_TUNABLES {tunables}"
-    )
     return (
         f"{args.batch} clips of {video}, {args.channels} channels ({params / 1e6:.1f}M parameters),"
-        f" {dtype}, {where}; JAX {jax.__version__}, PyTorch {torch.__version__}"
+        f" {dtype}, {timing.where(args.device, torch)}"
     )
 
 

@@ -55,7 +55,7 @@ _DEBUG = {
             "num_heads": 2,
             "num_layers": 2,
         },
-        "preview_steps": 2,
+        "sampler": {"name": "ddim", "num_steps": 2},
     },
     "data": {"sizes": ((32, 32),), "num_frames": 5},
     "num_steps": 3,

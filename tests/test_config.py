@@ -16,7 +16,7 @@ from walt_jax.tasks import Task
 from walt_jax.training.experiment import Experiment
 
 REPO = Path(__file__).parents[1]
-CONFIGS = sorted((REPO / "configs").glob("*.py"))
+CONFIGS = sorted((REPO / "configs").rglob("*.py"))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ from walt_jax import config as config_lib
 from walt_jax import demo, encode, sample
 from walt_jax.data.pipeline import Pipeline
 from walt_jax.data.records import open_dataset
+from walt_jax.diffusion import Ddim
 from walt_jax.errors import UserError
 from walt_jax.sampling import Generator
 from walt_jax.tasks import to_unit
@@ -23,6 +24,7 @@ from walt_jax.training.loop import train
 from walt_jax.training.metrics import read_metrics
 from walt_jax.training.tokenizers import load_tokenizer
 
+STEPS = Ddim(num_steps=2)
 SCALE = demo.Scale(variant="debug", num_sprites=48, epochs=1, num_samples=4, num_steps=2)
 
 
@@ -73,11 +75,11 @@ def test_the_denoisers_workdir_stands_alone(finished, tmp_path, monkeypatch):
 def test_a_sample_depends_on_its_seed_and_label_only(finished):
     generator = Generator.load(finished[0] / "denoiser")
     labels = np.arange(10, dtype=np.int32)
-    whole = generator.sample(labels, num_steps=2, batch_size=16, progress=False)
-    parts = generator.sample(labels, num_steps=2, batch_size=8, progress=False)
+    whole = generator.sample(labels, sampler=STEPS, batch_size=16, progress=False)
+    parts = generator.sample(labels, sampler=STEPS, batch_size=8, progress=False)
     assert whole.shape == (10, 5, 32, 32, 3) and whole.dtype == np.uint8
     assert np.abs(whole.astype(int) - parts).max() <= 1
-    other = generator.sample(labels, num_steps=2, seed=1, progress=False)
+    other = generator.sample(labels, sampler=STEPS, seed=1, progress=False)
     assert np.abs(whole.astype(int) - other).max() > 1
 
 
@@ -113,7 +115,7 @@ def test_the_denoiser_trains_on_videos_too(finished, tmp_path):
     assert 0.1 < scores["eval/loss"] < 10
 
 
-@pytest.mark.parametrize("path", sorted(Path("configs").glob("*.py")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted(Path("configs").rglob("*.py")), ids=lambda p: p.stem)
 def test_every_config_takes_a_debug_step(finished, tmp_path, path):
     out, _ = finished
     values = config_lib.load(f"{path}:debug")
@@ -122,7 +124,8 @@ def test_every_config_takes_a_debug_step(finished, tmp_path, path):
             values[part]["path"] = str(out / "records")
     if values["task"]["name"] == "denoiser":
         values["task"]["tokenizer"] = str(out / "tokenizer")
-        values["data"]["path"] = str(out / "latents")
+        if values["data"]["num_frames"] > 1 and not values["task"]["model"].get("upsampling"):
+            values["data"]["path"] = str(out / "latents")
     experiment = config_lib.build(Experiment, values | {"num_steps": 1, "preview_every": 1})
     scores = train(experiment, tmp_path / "run", quiet=True)
     assert scores and all(np.isfinite(v) for v in scores.values())
@@ -132,6 +135,32 @@ def test_every_config_takes_a_debug_step(finished, tmp_path, path):
     (shown,) = events.Images("preview")
     assert shown.encoded_image_string[:3] == b"GIF"
     assert set(read_metrics(tmp_path / "run", "train/loss")[0]) == {1}
+
+
+def test_a_denoiser_starts_from_another_run(finished, tmp_path):
+    """Text, images, another grid: the step-0 evaluation is that of the weights it starts from."""
+    out, _ = finished
+    values = config_lib.load("configs/walt_t2v.py:debug") | {"num_steps": 2, "preview_every": 0}
+    values["task"]["tokenizer"] = str(out / "tokenizer")
+    values["data"]["path"] = str(out / "latents")
+    values["images"]["path"] = str(out / "records")
+    values["optimizer"] |= {"learning_rate": 0.05}
+    first = train(config_lib.build(Experiment, values), tmp_path / "first", quiet=True)
+    values["task"]["init_from"] = str(tmp_path / "first")
+    values["num_steps"] = 1
+    train(config_lib.build(Experiment, values), tmp_path / "second", quiet=True)
+    steps, losses = read_metrics(tmp_path / "second", "eval/loss")
+    assert steps[0] == 0 and losses[0] == pytest.approx(first["eval/loss"], rel=1e-4)
+    assert losses[0] != pytest.approx(read_metrics(tmp_path / "first", "eval/loss")[1][0], rel=1e-3)
+    videos = tmp_path / "videos"
+    sample.main(["--workdir", str(tmp_path / "second"), "--prompt", "a red square", "--num", "2",
+                 "--sampler", "dpmpp_2m", "--steps", "2", "--guidance", "2", "--out", str(videos),
+                 "--guidance_schedule", "power_cosine"])  # fmt: skip
+    assert (videos / "0001.mp4").exists()
+    assert "a red square" in (videos / "index.html").read_text()
+    long = ["--prompt", "x" * 300, "--out", str(tmp_path / "none"), "--steps", "2"]
+    with pytest.raises(UserError, match="make it shorter"):
+        sample.main(["--workdir", str(tmp_path / "second"), *long])
 
 
 def test_a_failed_start_leaves_the_workdir_free(finished, tmp_path):

@@ -85,9 +85,9 @@ def test_folder(tmp_path):
         load_weights(str(tmp_path / "w.npz"))
 
 
-@pytest.mark.parametrize("name", ["w.pth", "w", "http://host/w.pth?x=.npz", ""])
+@pytest.mark.parametrize("name", ["w.ckpt", "w", "http://host/w.ckpt?x=.npz", ""])
 def test_another_kind_of_file(name):
-    with says(name, "neither a .safetensors nor an .npz", "docs/weights.md"):
+    with says(name, "no .safetensors, .npz, .pt or .pth file", "docs/weights.md"):
         load_weights(name)
 
 

@@ -105,7 +105,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "config") -> T:
     """
     if not isinstance(values, Mapping):
         raise UserError(f"{where} must be a group of keys, got {values!r}.")
-    values = dict(values)
+    values, name = dict(values), None
     if (registry := getattr(cls, "registry", None)) is not None:
         name = values.pop("name", "")
         name = "none" if name is None else name  # a literal such as --config.x.name=none
@@ -117,7 +117,10 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "config") -> T:
     hints = typing.get_type_hints(cls)
     for key in values:
         if key not in fields:
-            raise UserError(f"Nothing reads {where}.{key}{_nearest(key, fields)}")
+            whole = ""
+            if name is not None:
+                whole = f" To leave out what another name had: --{where}=\"{{'name': '{name}'}}\"."
+            raise UserError(f"Nothing reads {where}.{key}{_nearest(key, fields)}{whole}")
     kwargs = {k: _coerce(v, hints[k], f"{where}.{k}") for k, v in values.items()}
     for name, field in fields.items():
         required = (

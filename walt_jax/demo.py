@@ -28,6 +28,7 @@ from walt_jax.data.records import Dataset, open_dataset
 from walt_jax.data.sources import find_sources
 from walt_jax.data.sprite_readback import read_back
 from walt_jax.data.sprites import SpriteConfig, write_sprites
+from walt_jax.diffusion import Constant, Ddim
 from walt_jax.errors import UserError
 from walt_jax.gallery import Section, write_gallery
 from walt_jax.media import frame_grid, write_mp4, write_png
@@ -129,7 +130,9 @@ def run(out: Path, videos: Path | None, scale: Scale = Scale()) -> dict[str, Any
     logger.info("5/5 sample")
     generator = Generator.load(out / "denoiser")
     labels = np.resize(np.arange(classes, dtype=np.int32), scale.num_samples)
-    samples = generator.sample(labels, num_steps=scale.num_steps, guidance=scale.guidance)
+    samples = generator.sample(
+        labels, sampler=Ddim(num_steps=scale.num_steps), guidance=Constant(scale.guidance)
+    )
     names = [generator.name(i) for i in labels]
     losses = read_metrics(out / "denoiser", "eval/loss")[1]
     pairs = {split: _reconstruct(dataset, experiment, tokenizer, split) for split in _SPLITS}

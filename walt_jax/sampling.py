@@ -10,11 +10,15 @@ import numpy as np
 from etils import epath
 
 from walt_jax import config as config_lib
+from walt_jax.diffusion import Ddim, Sampler, Scale
 from walt_jax.errors import UserError
+from walt_jax.models.text import to_bytes
+from walt_jax.models.tokenizer.frozen import FrozenTokenizer
 from walt_jax.parallel import Layout, MeshConfig, make_mesh, state_shardings
 from walt_jax.parallel.sharding import batch_sharding, place, replicated
 from walt_jax.progress import bar as progress_bar
-from walt_jax.tasks import DenoiserTask, Task, to_uint8
+from walt_jax.tasks import DenoiserTask, Task, Wanted, to_uint8
+from walt_jax.tasks.denoiser import NONE
 from walt_jax.training.checkpoints import Checkpoints
 from walt_jax.training.loop import DATASET
 from walt_jax.training.tokenizers import load_tokenizer
@@ -33,7 +37,7 @@ class Generator:
 
     task: DenoiserTask
     params: dict
-    tokenizer: object
+    tokenizer: FrozenTokenizer
     label_names: tuple[str, ...]
     fps: float
     step: int
@@ -87,34 +91,92 @@ class Generator:
         """A class's name."""
         return self.label_names[label] if label < len(self.label_names) else str(label)
 
+    def texts(self, prompts: Sequence[str]) -> np.ndarray:
+        """Prompts as bytes, uint8 (N, M).
+
+        Raises:
+          UserError: the model reads no text, or a prompt is too long.
+        """
+        if self.task.text is None:
+            raise UserError("This model reads no text: leave the prompts out.")
+        longest = self.task.text.max_bytes
+        for prompt in prompts:
+            if len(prompt.encode()) > longest:
+                raise UserError(
+                    f"The prompt {prompt[:40]!r}... has {len(prompt.encode())} bytes, this model "
+                    f"reads {longest}: make it shorter."
+                )
+        return np.stack([to_bytes(prompt, longest) for prompt in prompts])
+
     def sample(
         self,
-        labels: np.ndarray,
+        labels: np.ndarray | None = None,
         *,
+        prompts: Sequence[str] | None = None,
+        given: np.ndarray | None = None,
+        given_mask: np.ndarray | None = None,
+        low: np.ndarray | None = None,
+        count: int | None = None,
+        image: bool = False,
         seed: int = 0,
-        num_steps: int = 50,
-        guidance: float = 1.0,
+        sampler: Sampler = Ddim(),  # noqa: B008
+        guidance: Scale = NONE,
+        given_guidance: Scale = NONE,
+        low_noise: float | None = None,
         batch_size: int = 16,
         progress: bool = True,
     ) -> np.ndarray:
-        """One video for each label, over all devices.
+        """N videos, over all devices.
 
-        Video i depends on (seed, i) and its label only, whatever the batch.
+        Video i depends on (seed, i) and what is wanted of it only, whatever the batch.
 
         Args:
-          labels: int32 (N,), classes; `num_classes` for no class.
+          labels: int32 (N,), classes, where the model has some; `num_classes` for no class.
+          prompts: N texts, where the model reads text; "" for none.
+          given: float32 (N, T, H, W, C), clean latents, where the model takes such; given_mask:
+            bool (N, T, H, W), which of them.
+          low: float32 (N, T, h, w, C), low-resolution latents, where the model takes such.
+          count: N, where nothing else says it.
+          image: one frame instead of all.
           seed: of the noise.
-          num_steps: DDIM steps.
-          guidance: scale of classifier-free guidance; 1 is none.
+          sampler: with its number of steps.
+          guidance: strength of classifier-free guidance by class and text.
+          given_guidance: by the given latents, likewise.
+          low_noise: time of the noise on `low`, a share of the process's; by default 0.05, or what
+            training had at most.
           batch_size: videos at a time, rounded up to the devices.
           progress: show a progress bar.
 
         Returns:
           uint8 (N, T, H, W, 3).
+
+        Raises:
+          UserError: what is wanted, or the sampler, does not fit the model.
         """
+        sampler.check(self.task.diffusion)
+        wanted = Wanted(
+            label=labels,
+            text=None if prompts is None else self.texts(prompts),
+            given=given,
+            given_mask=given_mask,
+            low=low,
+        )
+        counts = {len(leaf) for leaf in jax.tree.leaves(wanted)} | ({count} if count else set())
+        if len(counts) != 1:
+            raise UserError(
+                f"Sampling needs one number of videos, got {sorted(counts) or 'none'}: labels, "
+                "prompts, given and low must have one entry a video, or say count."
+            )
+        total, classes = counts.pop(), self.task.model.num_classes
+        wanted.check(self.task.model)
+        if labels is not None and not 0 <= np.min(labels) <= np.max(labels) <= classes:
+            raise UserError(
+                f"The labels go from {np.min(labels)} to {np.max(labels)}, but this model has "
+                f"classes 0 to {classes - 1}, and {classes} for none."
+            )
         mesh = make_mesh(MeshConfig())
         with jax.set_mesh(mesh):
-            devices, total = mesh.devices.size, len(labels)
+            devices = mesh.devices.size
             batch_size = -(-min(batch_size, total) // devices) * devices
             params = place(self.params, state_shardings(self.params, mesh))
             tokenizer = place(
@@ -123,19 +185,28 @@ class Generator:
 
             @jax.jit
             def run(
-                params: dict, tokenizer: object, label: jax.Array, rows: jax.Array
+                params: dict, tokenizer: FrozenTokenizer, wanted: Wanted, rows: jax.Array
             ) -> jax.Array:
-                keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(rows)
                 return self.task.sample(
-                    params, tokenizer, label, keys, num_steps, guidance, Layout(mesh)
+                    params,
+                    tokenizer,
+                    wanted,
+                    jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(rows),
+                    sampler,
+                    guidance,
+                    given_guidance=given_guidance,
+                    low_noise=low_noise,
+                    image=image,
+                    layout=Layout(mesh),
                 )
 
             videos = []
             bar = progress_bar(total=total, what="sample", unit="video", disable=not progress)
             for start in range(0, total, batch_size):
                 rows = np.arange(start, start + batch_size)
-                label = labels[np.minimum(rows, total - 1)]  # the last batch is filled up
-                inputs = place((label, rows), (batch_sharding(mesh),) * 2)
+                filled = np.minimum(rows, total - 1)  # the last batch is filled up
+                inputs = jax.tree.map(lambda leaf, filled=filled: leaf[filled], wanted), rows
+                inputs = place(inputs, jax.tree.map(lambda _: batch_sharding(mesh), inputs))
                 videos.append(to_uint8(run(params, tokenizer, *inputs)))
                 bar.update(min(batch_size, total - start))
             bar.close()

@@ -1,4 +1,4 @@
-"""Published weights: named arrays of a safetensors or npz file, by path or URL."""
+"""Published weights: named arrays of a safetensors, npz or torch file, by path or URL."""
 
 import hashlib
 import http.client
@@ -17,13 +17,14 @@ from etils import epath
 
 from walt_jax.errors import UserError
 from walt_jax.progress import bar
+from walt_jax.torch_archive import read_tensors
 
 _CHUNK = 1 << 20
 _TIMEOUT = 60.0  # seconds without a byte
 
 
 def load_weights(source: str, sha256: str = "") -> dict[str, np.ndarray]:
-    """Reads the arrays of a `.safetensors` or `.npz` file; neither kind can carry code.
+    """Reads the arrays of a `.safetensors`, `.npz` or `.pt` file; no code in it is run.
 
     Args:
       source: a path (gs:// too) or an http(s) URL. What a URL gives is kept in the folder
@@ -42,7 +43,7 @@ def load_weights(source: str, sha256: str = "") -> dict[str, np.ndarray]:
     suffix, sha256 = PurePosixPath(name).suffix.lower(), sha256.lower()
     if suffix not in _PARSERS:
         raise UserError(
-            f"{source} is neither a .safetensors nor an .npz file: convert it as docs/weights.md "
+            f"{source} is no .safetensors, .npz, .pt or .pth file: convert it as docs/weights.md "
             "says."
         )
     if sha256 and not re.fullmatch("[0-9a-f]{64}", sha256):
@@ -75,6 +76,8 @@ def _npz(data: bytes) -> dict[str, np.ndarray]:
 _PARSERS: dict[str, Callable[[bytes], dict[str, np.ndarray]]] = {
     ".safetensors": safetensors.numpy.load,
     ".npz": _npz,
+    ".pt": read_tensors,
+    ".pth": read_tensors,
 }
 
 

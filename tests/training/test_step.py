@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from walt_jax.models import DenoiserConfig, TokenizerConfig
+from walt_jax.models import Conditions, DenoiserConfig, TokenizerConfig
 from walt_jax.models.tokenizer.frozen import FrozenTokenizer
 from walt_jax.parallel import Layout, MeshConfig, make_mesh, state_shardings
 from walt_jax.parallel.sharding import batch_sharding, place
@@ -52,7 +52,7 @@ def updates(task, batch, mesh_config, num_devices, steps, rate=1e-3, fixed_noise
         task=task,
         optimizer=optimizer,
         schedule=make_schedule(config, 10_000),
-        ema_decay=config.ema_decay,
+        config=config,
         layout=Layout(mesh),
     )
     with jax.set_mesh(mesh):
@@ -130,7 +130,7 @@ def test_fsdp_and_tensor_really_shard():
         functools.partial(TrainState.create, DENOISER, optimizer), jax.random.key(0)
     )
     shardings = state_shardings(shapes, mesh)
-    spec = shardings.params["groups"]["layers"][0]["attention"]["qkv"]["kernel"].spec
+    spec = shardings.params["stages"][0]["layers"][0]["attentions"][0]["qkv"]["kernel"].spec
     assert tuple(spec) == (None, "fsdp", "tensor")
     moments = [
         s.spec
@@ -153,8 +153,8 @@ def test_a_tokenizer_gathers_its_weights_and_a_denoiser_keeps_tensor():
     gathered = jax.tree.leaves(gather.lower(shapes).compile().output_shardings)
     assert gathered and all(s.is_fully_replicated for s in gathered)
     z, t = jnp.zeros((8, 3, 4, 4, 8)), jnp.zeros((8,), jnp.int32)
-    network = DENOISER.network
-    program = jax.make_jaxpr(lambda p: network.bind(p)(z, t, t, layout))(network.shapes())
+    network, label = DENOISER.network, Conditions(label=t)
+    program = jax.make_jaxpr(lambda p: network.bind(p)(z, t, label, layout))(network.shapes())
     kept = re.findall(r"spec=P\([^)]*'tensor'", str(program))
     assert len(kept) == 2 * 6  # all of a layer's matrices
 

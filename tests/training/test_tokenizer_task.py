@@ -34,7 +34,7 @@ GAN = AdversarialConfig(
 rng = np.random.default_rng(0)
 BATCH = {
     "video": rng.integers(0, 256, (4, 5, 16, 16, 3), np.uint8),
-    "image": rng.integers(0, 256, (8, 1, 16, 16, 3), np.uint8),
+    "image/video": rng.integers(0, 256, (8, 1, 16, 16, 3), np.uint8),
     "label": np.zeros((4,), np.int32),
     "fps": np.ones((4,), np.float32),
 }
@@ -42,7 +42,9 @@ BATCH = {
 
 def run(task, batch, steps, rate=1e-3):
     """Metrics of each step, and the last state."""
-    config = OptimizerConfig(learning_rate=rate, warmup_steps=1, b1=0.0, grad_clip=0.0)
+    config = OptimizerConfig(
+        learning_rate=rate, warmup_steps=1, b1=0.0, grad_clip=0.0, ema_decay=0.9
+    )
     optimizer = make_optimizer(config, 10_000, task.starts)
     state = jax.jit(functools.partial(TrainState.create, task, optimizer))(jax.random.key(0))
     step = jax.jit(
@@ -51,7 +53,7 @@ def run(task, batch, steps, rate=1e-3):
             task=task,
             optimizer=optimizer,
             schedule=make_schedule(config, 10_000),
-            ema_decay=0.9,
+            config=config,
             layout=Layout(),
         )
     )
@@ -116,7 +118,7 @@ def test_images_weigh_as_much_as_clips():
     """The reconstruction loss of a joint batch is the mean over all its clips and images."""
     task = TokenizerTask(model=MODEL)
     joint = losses(task, BATCH)
-    alone = losses(task, {k: v for k, v in BATCH.items() if k != "image"})
+    alone = losses(task, {k: v for k, v in BATCH.items() if k != "image/video"})
     mean = (4 * alone["mse"] + 8 * joint["image/mse"]) / 12
     assert joint["mse"] == pytest.approx(alone["mse"], rel=1e-5)
     assert joint["loss"] == pytest.approx(5 * mean, rel=1e-5)

@@ -8,6 +8,7 @@ batches, each its own rows.
 import collections
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -20,11 +21,13 @@ from jax.sharding import NamedSharding
 from walt_jax.data import buckets
 from walt_jax.data.records import Dataset, decode_frames
 from walt_jax.errors import UserError
+from walt_jax.models.text import to_bytes
 from walt_jax.models.tokenizer.quantizers import Lfq, unpack_codes
 from walt_jax.parallel.sharding import local_rows
 
 HostBatch = dict[str, np.ndarray]
 _CLIP = 2  # tag of the random draws of a clip
+IMAGES = "image/"  # before the names of a joint batch's images
 _ENDLESS = 2**40  # grain wants a length; training stops long before
 
 
@@ -38,6 +41,7 @@ class DataConfig:
       num_frames: frames of a clip.
       fps: frames a second that a clip is sampled at, nearest in time; 0 takes every frame.
       sizes: (height, width) of the buckets; a video goes to the one of nearest aspect.
+      caption_bytes: a caption's bytes that a batch holds, for what reads text; longer ones are cut.
       eval_fraction: share of the source videos held out, at least one; chosen by their names.
       num_workers: processes that decode; 0 decodes in threads of this one.
       num_threads: threads that decode in each process.
@@ -47,12 +51,13 @@ class DataConfig:
     num_frames: int = 17
     fps: float = 8.0
     sizes: tuple[tuple[int, int], ...] = ((128, 128),)
+    caption_bytes: int = 0
     eval_fraction: float = 0.05
     num_workers: int = 0
     num_threads: int = 8
 
     def __post_init__(self) -> None:
-        least = {"num_frames": 1, "fps": 0, "num_workers": 0, "num_threads": 1}
+        least = {"num_frames": 1, "fps": 0, "caption_bytes": 0, "num_workers": 0, "num_threads": 1}
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise UserError(
@@ -105,15 +110,15 @@ class _CutClip:
             "video": video,
             "label": np.int32(record["label"]),
             "fps": np.float32(config.fps or record["fps"]),
-            "caption": record["caption"],
+            **_caption(record, config),
         }
 
 
 class _ReadLatents:
     """Reads one record of cached latents; where they are discrete, their codes too."""
 
-    def __init__(self, dataset: Dataset) -> None:
-        self._dataset = dataset
+    def __init__(self, dataset: Dataset, config: DataConfig) -> None:
+        self._dataset, self._config = dataset, config
 
     def __call__(self, row: _Row) -> dict[str, Any]:
         record, metadata = self._dataset.read(row.record), self._dataset.metadata
@@ -127,8 +132,13 @@ class _ReadLatents:
             **_latents(record, metadata),
             "label": np.int32(record["label"]),
             "fps": np.float32(record["fps"]),
-            "caption": record["caption"],
+            **_caption(record, self._config),
         }
+
+
+def _caption(record: dict[str, Any], config: DataConfig) -> dict[str, Any]:
+    caption, length = record["caption"], config.caption_bytes
+    return {"caption": caption} | ({"text": to_bytes(caption, length)} if length else {})
 
 
 def _latents(record: dict[str, Any], metadata: dict[str, Any]) -> HostBatch:
@@ -223,6 +233,8 @@ class Pipeline:
             "label": jax.ShapeDtypeStruct((b,), np.int32),
             "fps": jax.ShapeDtypeStruct((b,), np.float32),
         }
+        if length := self.config.caption_bytes:
+            common["text"] = jax.ShapeDtypeStruct((b, length), np.uint8)
         if self._latents:
             metadata = self.dataset.metadata
             latents = [(b, *map(int, self._latent_shapes[i])) for i in self._used[0]]
@@ -241,7 +253,7 @@ class Pipeline:
         """Batches `start`, `start` + 1, ... for ever; of each the given rows (default: all)."""
         rows = rows or (0, self._batch_size)
         local = rows[1] - rows[0]
-        cut = _ReadLatents(self.dataset) if self._latents else _CutClip(self.dataset, self.config)
+        cut = (_ReadLatents if self._latents else _CutClip)(self.dataset, self.config)
         source = grain.MapDataset.source(_Rows(self.plan, rows, self._seed))
         clips = source.slice(slice(start * local, None)).map(cut)
         options = grain.ReadOptions(
@@ -314,7 +326,8 @@ def _split(sources: np.ndarray, fraction: float, split: str) -> np.ndarray:
 class Joint:
     """Batches of videos that also hold images: the two go through the step together.
 
-    An image is a clip of one frame; `image` (N, 1, H, W, 3) is added to the batch of videos.
+    An image is a clip of one frame. The arrays of a batch of images are added to those of the
+    videos under names that begin with `image/`.
     """
 
     def __init__(self, videos: Pipeline, images: Pipeline) -> None:
@@ -326,13 +339,17 @@ class Joint:
 
     def shapes(self) -> list[dict[str, jax.ShapeDtypeStruct]]:
         """Every bucket of videos with every bucket of images."""
-        images = [shapes["video"] for shapes in self._images.shapes()]
-        return [shapes | {"image": image} for shapes in self._videos.shapes() for image in images]
+        both = itertools.product(self._videos.shapes(), self._images.shapes())
+        return [_beside(videos, images) for videos, images in both]
 
     def on_devices(self, sharding: NamedSharding, start: int = 0) -> Iterator[dict[str, jax.Array]]:
         """As `Pipeline.on_devices`."""
         both = zip(*(p.on_devices(sharding, start) for p in (self._videos, self._images)))
-        return (videos | {"image": images["video"]} for videos, images in both)
+        return (_beside(videos, images) for videos, images in both)
+
+
+def _beside(videos: dict[str, Any], images: dict[str, Any]) -> dict[str, Any]:
+    return videos | {f"{IMAGES}{name}": array for name, array in images.items()}
 
 
 def _on_devices(

@@ -4,10 +4,11 @@
 """
 
 from walt_jax.models.build import Network, Params, count
-from walt_jax.models.denoiser import Denoiser, DenoiserConfig
+from walt_jax.models.denoiser import Conditions, Denoiser, DenoiserConfig
 from walt_jax.models.tokenizer import Tokenizer, TokenizerConfig
 
 __all__ = [
+    "Conditions",
     "Denoiser",
     "DenoiserConfig",
     "Network",

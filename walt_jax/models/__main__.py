@@ -4,20 +4,24 @@ import argparse
 import json
 from collections.abc import Sequence
 
+from flax import nnx
+
 from walt_jax import cli
-from walt_jax.models.build import Network, count
+from walt_jax.models.build import count
+from walt_jax.models.denoiser import Denoiser
 from walt_jax.models.discriminator import Discriminator
-from walt_jax.models.named import DISCRIMINATORS, TOKENIZERS
+from walt_jax.models.named import DENOISERS, DISCRIMINATORS, TOKENIZERS
 from walt_jax.models.tokenizer import Tokenizer
 
 
 def parameter_counts() -> dict[str, dict[str, int]]:
     """Name -> parameters in all (`total`) and of each sub-network; no array is allocated."""
-    kinds = ((Tokenizer, TOKENIZERS), (Discriminator, DISCRIMINATORS))
+    kinds = ((Tokenizer, TOKENIZERS), (Discriminator, DISCRIMINATORS), (Denoiser, DENOISERS))
     counts = {}
     for kind, named in kinds:
         for name, config in named.items():
-            shapes = Network.of(lambda rngs, k=kind, c=config: k(c, rngs=rngs)).shapes()
+            model = nnx.eval_shape(lambda k=kind, c=config: k(c, rngs=nnx.Rngs(0)))
+            shapes = nnx.to_pure_dict(nnx.split(model)[1])
             parts = {part: count(tree) for part, tree in shapes.items()}
             counts[name] = {"total": sum(parts.values()), **parts}
     return counts

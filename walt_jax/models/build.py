@@ -43,10 +43,15 @@ class Network(Generic[M]):
 
 def stack(make: Callable[[nnx.Rngs], M], num: int, rngs: nnx.Rngs) -> M:
     """`num` equal blocks as one module whose parameters have a leading axis of that length."""
-    graphdef, _ = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
-    keys = jax.random.split(rngs.params(), num)
-    params = jax.vmap(lambda key: nnx.to_pure_dict(nnx.split(make(nnx.Rngs(key)))[1]))(keys)
-    return nnx.merge(graphdef, params)
+    structures = []  # filled by the one trace, which takes longer than all else here
+
+    def one(key: jax.Array) -> Params:
+        graphdef, state = nnx.split(make(nnx.Rngs(key)))
+        structures.append(graphdef)
+        return nnx.to_pure_dict(state)
+
+    params = jax.vmap(one)(jax.random.split(rngs.params(), num))
+    return nnx.merge(structures[0], params)
 
 
 def count(params: Params) -> int:

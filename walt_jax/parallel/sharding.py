@@ -17,6 +17,7 @@ PyTree = Any
 # ones (stacked layers, convolution taps) are never sharded. The optimizer's moments and the EMA
 # have the parameter's path in theirs, so that the same rules place them.
 RULES: tuple[tuple[str, P], ...] = (
+    (r"(^|/)v_(row|col)/", P()),  # adafactor's moments: one axis less than their parameters
     (r"(qkv|up)/kernel$", P("fsdp", "tensor")),
     (r"(out|down)/kernel$", P("tensor", "fsdp")),
     (r"kernel$", P("fsdp", "tensor")),

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
+from walt_jax.data.pipeline import IMAGES
 from walt_jax.data.records import Dataset
 from walt_jax.models import Network
 from walt_jax.parallel import Layout
@@ -22,7 +23,6 @@ class Task(abc.ABC):
     """
 
     registry: ClassVar[dict[str, type["Task"]]] = {}
-    takes_images: ClassVar[bool] = False  # beside the videos of a batch
     keeps_statistics: ClassVar[bool] = False  # of the moving average
 
     def __init_subclass__(cls, name: str, **kwargs: Any) -> None:
@@ -38,7 +38,7 @@ class Task(abc.ABC):
         """Fresh parameters: a dict of sub-networks."""
         return self.network.init(key)
 
-    def given(self) -> PyTree:
+    def given_params(self) -> PyTree:
         """Sub-networks that a fresh run takes from another one instead of `init`, on the host.
 
         Raises:
@@ -51,14 +51,22 @@ class Task(abc.ABC):
         """Sub-networks without a gradient before some step: name -> that step."""
         return {}
 
-    def prepare(self, workdir: str, dataset: Dataset) -> PyTree:
+    def prepare(self, workdir: str, *datasets: Dataset) -> PyTree:
         """Loads what stays fixed in training (a tokenizer, say), on the host.
 
+        Args:
+          workdir: of the run.
+          datasets: the videos and, where the run has them, the images.
+
         Raises:
-          UserError: the dataset or what is loaded does not fit the task.
+          UserError: a dataset or what is loaded does not fit the task.
         """
-        del workdir, dataset
+        del workdir, datasets
         return {}
+
+    def keep(self, frozen: PyTree, workdir: str) -> None:
+        """Puts what `prepare` gave into the workdir, once the run can start, where it must stay."""
+        del frozen, workdir
 
     def init_extra(self) -> PyTree:
         """Statistics kept in the state beside the parameters."""
@@ -124,6 +132,11 @@ def to_uint8(pixels: np.ndarray | jax.Array) -> np.ndarray:
     """float pixels in [-1, 1] (values outside are clipped) to uint8, on the host."""
     pixels = np.asarray(pixels, np.float32)
     return np.clip(np.rint((pixels + 1.0) * 127.5), 0, 255).astype(np.uint8)
+
+
+def images_of(batch: Batch) -> Batch:
+    """The images beside a batch's videos, as a batch of clips of one frame; empty without any."""
+    return {k.removeprefix(IMAGES): v for k, v in batch.items() if k.startswith(IMAGES)}
 
 
 def sample_keys(key: jax.Array, batch_size: int) -> jax.Array:

@@ -1,76 +1,140 @@
-"""Training the denoiser: v-prediction on latents, of a frozen tokenizer or cached."""
+"""Training and sampling the denoiser on latents, of a frozen tokenizer or cached."""
 
 import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from walt_jax import diffusion
 from walt_jax.data.records import Dataset
+from walt_jax.diffusion import Constant, Ddim, Diffusion, Sampler, Scale, guide, standard_normal
 from walt_jax.errors import UserError
-from walt_jax.models import Denoiser, DenoiserConfig, Network
+from walt_jax.models import Conditions, Denoiser, DenoiserConfig, Network
+from walt_jax.models.text import ByteEncoder, ByteEncoderConfig
 from walt_jax.models.tokenizer.frozen import FrozenTokenizer
 from walt_jax.parallel import Layout
-from walt_jax.tasks.base import Batch, Metrics, PyTree, Task, sample_keys, to_unit
+from walt_jax.tasks.base import Batch, Metrics, PyTree, Task, images_of, sample_keys, to_unit
+from walt_jax.tasks.given import GivenConfig, draw_masks
+from walt_jax.tasks.wanted import Wanted
+from walt_jax.training.denoisers import TEXT, start_from
 from walt_jax.training.tokenizers import find_tokenizer, keep_tokenizer
 
-
-@dataclasses.dataclass(frozen=True)
-class NoiseConfig:
-    """The noise schedule (2312.06662, table 8): `num_timesteps` linear betas, zero terminal SNR."""
-
-    num_timesteps: int = 1000
-    beta_start: float = 1e-4
-    beta_end: float = 0.02
-    zero_terminal_snr: bool = True
+NONE = Constant(1.0)
+_APART = 2**30  # a tag of random draws beyond all rows and steps
 
 
 @dataclasses.dataclass(frozen=True)
 class DenoiserTask(Task, name="denoiser"):
-    """v-prediction with class conditioning.
+    """Denoising diffusion on latents (2312.06662, section 3).
+
+    A batch may hold images beside its videos, as pixels or latents. They are clips of one frame, of
+    which nothing is given, in a call of their own; the loss is the mean over videos and images.
 
     Attributes:
       tokenizer: workdir of the tokenizer's run.
       model: sizes; its grid must be that of the clips' latents.
-      noise: the noise schedule.
+      diffusion: process, target and weight.
+      self_conditioning: p_sc, the share of clips that are told an estimate of x_0, made by the
+        network itself in a first call; where the model takes one.
       class_dropout: share of clips trained without their class, for classifier-free guidance.
-      preview_steps: DDIM steps of the samples shown in TensorBoard.
+      text: a text encoder trained jointly, where the model reads text.
+      text_dropout: share of clips trained without their caption, likewise.
+      given: which latents training gives, where the model takes given ones. They count in no loss.
+      low_noise: largest time of the noise on low-resolution latents, as a share of the process's;
+        W.A.L.T's t_max_noise is not published.
+      init_from: workdir of a denoiser's run to start from, on another grid, or of images.
+      sampler, guidance: of the samples shown in TensorBoard.
     """
 
     tokenizer: str
     model: DenoiserConfig = DenoiserConfig()
-    noise: NoiseConfig = NoiseConfig()
+    diffusion: Diffusion = Diffusion()
+    self_conditioning: float = 0.9
     class_dropout: float = 0.1
-    preview_steps: int = 25
+    text: ByteEncoderConfig | None = None
+    text_dropout: float = 0.1
+    given: GivenConfig = GivenConfig()
+    low_noise: float = 0.25
+    init_from: str = ""
+    sampler: Sampler = Ddim(num_steps=25)
+    guidance: Scale = NONE
+
+    def __post_init__(self) -> None:
+        self.sampler.check(self.diffusion)
+        self.diffusion.process.grid(self.sampler.num_steps)  # refuses more than there are
+        for wrong, sentence in self._mistakes():
+            if wrong:
+                raise UserError(f"config.task.{sentence}.")
+
+    def _mistakes(self) -> list[tuple[bool, str]]:
+        model, target = self.model, self.diffusion.target
+        shares = ("self_conditioning", "class_dropout", "text_dropout", "low_noise")
+        wrong = [name for name in shares if not 0 <= getattr(self, name) <= 1]
+        width = self.text.width if self.text else 0
+        return [
+            (bool(wrong), f"{' and '.join(wrong)} must lie in 0 to 1"),
+            (
+                model.learned_sigma != target.learns_variance,
+                f"model.learned_sigma={model.learned_sigma} does not go with the target "
+                f"{target.name}: it belongs to eps_sigma and to no other",
+            ),
+            (
+                model.text_features != width,
+                f"model.text_features={model.text_features} must be the width of config.task.text, "
+                f"{width}: set both, or neither",
+            ),
+            (
+                (model.given != "none") != (self.given.share > 0),
+                f"model.given={model.given!r}, but the shares of config.task.given sum to "
+                f"{self.given.share:g}: set both, or neither",
+            ),
+        ]
 
     @functools.cached_property
-    def network(self) -> Network:
+    def network(self) -> Network[Denoiser]:
         return Network.of(lambda rngs: Denoiser(self.model, rngs=rngs))
 
     @functools.cached_property
-    def schedule(self) -> diffusion.Schedule:
-        """The schedule's tables."""
-        return diffusion.linear_schedule(
-            self.noise.num_timesteps,
-            self.noise.beta_start,
-            self.noise.beta_end,
-            zero_terminal_snr=self.noise.zero_terminal_snr,
-        )
+    def text_network(self) -> Network[ByteEncoder]:
+        """Structure of the text encoder; only where `text` is set."""
+        return Network.of(lambda rngs: ByteEncoder(self.text, rngs=rngs))
 
-    def prepare(self, workdir: str, dataset: Dataset) -> FrozenTokenizer:
+    def init(self, key: jax.Array) -> PyTree:
+        params = self.network.init(key)
+        if self.text is not None:
+            params[TEXT] = self.text_network.init(jax.random.fold_in(key, 1))
+        return params
+
+    def given_params(self) -> PyTree:
+        if not self.init_from:
+            return {}
+        return start_from(self.init_from, self.model, self.network, self.text)
+
+    def prepare(self, workdir: str, *datasets: Dataset) -> FrozenTokenizer:
         tokenizer = find_tokenizer(self.tokenizer, workdir)
+        if self.model.latent_channels != tokenizer.config.latent_channels:
+            raise UserError(
+                f"config.task.model.latent_channels={self.model.latent_channels}, but the "
+                f"tokenizer in {self.tokenizer} has {tokenizer.config.latent_channels}."
+            )
+        for dataset in datasets:
+            self._check(dataset, tokenizer)
+        return tokenizer
+
+    def keep(self, frozen: FrozenTokenizer, workdir: str) -> None:
+        keep_tokenizer(frozen, workdir)
+
+    def _check(self, dataset: Dataset, tokenizer: FrozenTokenizer) -> None:
         cached = dataset.metadata.get("tokenizer_hash")
         if cached not in (None, tokenizer.hash):
             raise UserError(
                 f"The latents in {dataset.directory} were made by tokenizer {cached}, but "
                 f"{self.tokenizer} is {tokenizer.hash}: encode the videos again with it."
             )
-        if self.model.latent_channels != tokenizer.config.latent_channels:
+        if cached is not None and self.model.upsampling is not None:
             raise UserError(
-                f"config.task.model.latent_channels={self.model.latent_channels}, but the "
-                f"tokenizer in {self.tokenizer} has {tokenizer.config.latent_channels}."
+                f"{dataset.directory} holds latents, but super-resolution makes the low-resolution "
+                "ones of the pixels: give the prepared videos as config.data.path."
             )
         labels, classes = dataset.index["label"], self.model.num_classes
         if classes and not 0 <= labels.min() <= labels.max() < classes:
@@ -79,8 +143,6 @@ class DenoiserTask(Task, name="denoiser"):
                 f"config.task.model.num_classes={classes} takes 0 to {classes - 1}: prepare it "
                 "with --label-from-folder or --label-from-name, or change num_classes."
             )
-        keep_tokenizer(tokenizer, workdir)
-        return tokenizer
 
     def plain(self) -> "DenoiserTask":
         return dataclasses.replace(self, model=dataclasses.replace(self.model, remat=False))
@@ -95,14 +157,33 @@ class DenoiserTask(Task, name="denoiser"):
         step: jax.Array,
         layout: Layout,
     ) -> tuple[jax.Array, tuple[Metrics, PyTree]]:
+        loss, metrics = self._losses(params, frozen, batch, key, layout).mean(), {}
+        if images := images_of(batch):
+            key = jax.random.fold_in(key, _APART)
+            of_images = self._losses(params, frozen, images, key, layout).mean()
+            metrics = {"loss/videos": loss, "loss/images": of_images}
+            share = images["label"].shape[0] / (images["label"].shape[0] + batch["label"].shape[0])
+            loss = (1.0 - share) * loss + share * of_images
+        return loss, (metrics, extra)
+
+    def _losses(
+        self, params: PyTree, frozen: FrozenTokenizer, batch: Batch, key: jax.Array, layout: Layout
+    ) -> jax.Array:
+        """The loss of each clip, float32 (B,), at random times and with conditions left out."""
         keys = sample_keys(key, batch["label"].shape[0])
-        t = jax.vmap(lambda k: jax.random.randint(k, (), 0, self.schedule.num_timesteps))(
-            _fold(keys, 0)
-        )
-        drop = jax.vmap(jax.random.uniform)(_fold(keys, 1)) < self.class_dropout
-        label = jnp.where(drop, self.model.num_classes, batch["label"])
-        loss_B = self._errors(params, frozen, batch, label, t, _fold(keys, 2), layout)
-        return loss_B.mean(), ({}, extra)
+        t = self.diffusion.process.draw_times(_fold(keys, 0))
+        x0, wanted = self._data(frozen, batch, keys, layout)
+        if wanted.label is not None:
+            drop = _uniform(keys, 1) < self.class_dropout
+            label = jnp.where(drop, self.model.num_classes, wanted.label)
+            wanted = dataclasses.replace(wanted, label=label)
+        if wanted.text is not None:
+            drop = _uniform(keys, 3) < self.text_dropout
+            text = jnp.where(drop[:, None], jnp.zeros_like(wanted.text), wanted.text)
+            wanted = dataclasses.replace(wanted, text=text)
+        told = _uniform(keys, 5) < self.self_conditioning
+        low = self.low_noise * _uniform(keys, 6)
+        return self._errors(params, x0, wanted, t, _fold(keys, 2), told, low, layout)
 
     def evaluate(
         self,
@@ -113,14 +194,14 @@ class DenoiserTask(Task, name="denoiser"):
         key: jax.Array,
         layout: Layout,
     ) -> Metrics:
-        """The loss at times spread evenly over the clips; every call draws the same noise."""
+        """The loss at times spread evenly over the clips, told all; every call draws the same."""
         rows = batch["label"].shape[0]
-        t = (np.arange(rows) + 0.5) * self.schedule.num_timesteps / rows
-        t = jnp.asarray(t.astype(np.int32))
+        t = jnp.asarray(self.diffusion.process.even_times(rows))
         keys = sample_keys(key, rows)
-        return {
-            "loss": self._errors(params, frozen, batch, batch["label"], t, keys, layout),
-        }
+        x0, wanted = self._data(frozen, batch, keys, layout)
+        told, low = jnp.ones(rows, bool), jnp.full(rows, 0.5 * self.low_noise)
+        errors = self._errors(params, x0, wanted, t, _fold(keys, 2), told, low, layout)
+        return {"loss": errors}
 
     def preview(
         self,
@@ -131,69 +212,182 @@ class DenoiserTask(Task, name="denoiser"):
         key: jax.Array,
         layout: Layout,
     ) -> jax.Array:
-        label = batch["label"][:8]
-        keys = sample_keys(key, label.shape[0])
-        return self.sample(params, frozen, label, keys, self.preview_steps, 1.0, layout)
+        batch = {name: array[:8] for name, array in batch.items()}
+        keys = sample_keys(key, batch["label"].shape[0])
+        _, wanted = self._data(frozen, batch, keys, layout)
+        return self.sample(params, frozen, wanted, keys, self.sampler, self.guidance, layout=layout)
 
     def sample(
         self,
         params: PyTree,
         frozen: FrozenTokenizer,
-        label: jax.Array,
+        wanted: Wanted,
         keys: jax.Array,
-        num_steps: int,
-        guidance: float,
+        sampler: Sampler,
+        guidance: Scale = NONE,
+        *,
+        given_guidance: Scale = NONE,
+        low_noise: float | None = None,
+        image: bool = False,
         layout: Layout = Layout(),  # noqa: B008
     ) -> jax.Array:
-        """Videos of the given classes by DDIM.
+        """Videos of what is wanted.
 
         Args:
           params: the denoiser's weights.
           frozen: the tokenizer that decodes.
-          label: int32 (B,), `num_classes` for no class.
-          keys: (B,) keys, one a video: a video depends on its key and label only.
-          num_steps: DDIM steps.
-          guidance: scale of classifier-free guidance; 1 is none.
+          wanted: of each video.
+          keys: (B,) keys, one a video: a video depends on its key and what is wanted only.
+          sampler: of `diffusion`.
+          guidance: strength of classifier-free guidance by class and text; 1 is none.
+          given_guidance: by the given latents, likewise.
+          low_noise: time of the noise on the low-resolution latents, a share of the process's;
+            by default 0.05, or what training had at most.
+          image: one frame instead of all.
           layout: where activations lie on the mesh.
 
         Returns:
           float32 (B, T, H, W, 3) in [-1, 1].
+
+        Raises:
+          UserError: `wanted` is not what the model was built for.
         """
-        shape = (*self.model.grid, self.model.latent_channels)
-        noise = jax.vmap(lambda k: jax.random.normal(k, shape))(keys)
-        guided = diffusion.guide(
-            lambda x, t, y: self._predict(params, x, t, y, layout), self.model.num_classes, guidance
+        wanted.check(self.model)
+        frames = 1 if image else self.model.grid[0]
+        noise = standard_normal(keys, (frames, *self.model.grid[1:], self.model.latent_channels))
+        share = jnp.full(
+            keys.shape[0], min(0.05, self.low_noise) if low_noise is None else low_noise
         )
-        z = diffusion.ddim(lambda x, t: guided(x, t, label), noise, self.schedule, num_steps)
+        said, scales = wanted.steps(self.model.num_classes, guidance, given_guidance)
+        told = [self._conditions(params, w, keys, share) for w in said]
+
+        def predict(
+            x: jax.Array, t: jax.Array, estimate: jax.Array, conditions: Conditions
+        ) -> jax.Array:
+            if self.model.self_conditioning:
+                conditions = dataclasses.replace(conditions, estimate=estimate)
+            return self._predict(params, x, t, conditions, layout)
+
+        guided = guide(
+            predict,
+            told,
+            scales,
+            self.diffusion.process.num_timesteps,
+            channels=self.model.latent_channels if self.model.learned_sigma else None,
+        )
+
+        def placed(x: jax.Array, t: jax.Array, estimate: jax.Array) -> jax.Array:
+            """With the given latents where they are given, as noisy as in training."""
+            if wanted.given is not None:
+                mask = wanted.given_mask[..., None]
+                x = jnp.where(mask, self.diffusion.add_noise(wanted.given, noise, t), x)
+                estimate = jnp.where(mask, wanted.given, estimate)
+            return guided(x, t, estimate)
+
+        z = sampler(placed, noise, keys, self.diffusion)
+        if wanted.given is not None:
+            z = jnp.where(wanted.given_mask[..., None], wanted.given, z)
         return frozen.decode(z, layout)
 
-    def _predict(
-        self, params: PyTree, x: jax.Array, t: jax.Array, label: jax.Array, layout: Layout
-    ) -> jax.Array:
-        label = label if self.model.num_classes else None
-        return self.network.bind(params)(x, t, label, layout)
-
-    def _errors(
-        self,
-        params: PyTree,
-        frozen: FrozenTokenizer,
-        batch: Batch,
-        label: jax.Array,
-        t: jax.Array,
-        keys: jax.Array,
-        layout: Layout,
-    ) -> jax.Array:
-        """Mean squared error of v for each clip, float32 (B,)."""
+    def _data(
+        self, frozen: FrozenTokenizer, batch: Batch, keys: jax.Array, layout: Layout
+    ) -> tuple[jax.Array, Wanted]:
+        """Latents of a batch, float32, and all that can be said of them."""
+        model = self.model
         if "latents" in batch:
             x0 = batch["latents"].astype(jnp.float32)
         else:
             x0 = jax.lax.stop_gradient(frozen.encode(to_unit(batch["video"]), layout))
-        eps = jax.vmap(lambda k: jax.random.normal(k, x0.shape[1:]))(keys)
-        x_t = diffusion.add_noise(self.schedule, x0, eps, t)
-        v = self._predict(params, x_t, t, label, layout)
-        target = diffusion.v_target(self.schedule, x0, eps, t)
-        return jnp.square(v - target).mean((1, 2, 3, 4))
+        if model.text_features and "text" not in batch:
+            raise UserError(
+                "config.data.caption_bytes is 0, but the denoiser reads text: say how many bytes "
+                "of a caption it reads (in config.images too, where there are images)."
+            )
+        given = mask = low = None
+        if model.given != "none" and x0.shape[1] == model.grid[0]:  # no image beside videos
+            given, mask = x0, draw_masks(self.given, _fold(keys, 4), x0.shape[1:4])
+        if model.upsampling is not None:
+            small = _shrink(to_unit(batch["video"]), model.upsampling)
+            low = jax.lax.stop_gradient(frozen.encode(small, layout))
+        return x0, Wanted(
+            label=batch["label"] if model.num_classes else None,
+            text=batch["text"] if model.text_features else None,
+            given=given,
+            given_mask=mask,
+            low=low,
+        )
+
+    def _conditions(
+        self, params: PyTree, wanted: Wanted, keys: jax.Array, low_noise: jax.Array
+    ) -> Conditions:
+        """What the network is told; `low_noise` (B,) is the share of time of the noise on `low`."""
+        text = mask = low = low_time = None
+        if wanted.text is not None:
+            text, mask = self.text_network.bind(params[TEXT])(wanted.text)
+        if wanted.low is not None:
+            process = self.diffusion.process
+            low_time = low_noise * (process.num_timesteps - 1)
+            low_time = low_time.astype(jnp.int32) if process.discrete else low_time
+            low = self.network.bind(_denoiser(params)).upsample(wanted.low)
+            eps = standard_normal(_fold(keys, _APART), low.shape[1:])
+            low = self.diffusion.add_noise(low, eps, low_time)
+        return Conditions(
+            label=wanted.label,
+            text=text,
+            text_mask=mask,
+            given=wanted.given,
+            given_mask=wanted.given_mask,
+            low=low,
+            low_time=low_time,
+        )
+
+    def _predict(
+        self, params: PyTree, x: jax.Array, t: jax.Array, conditions: Conditions, layout: Layout
+    ) -> jax.Array:
+        return self.network.bind(_denoiser(params))(x, t, conditions, layout)
+
+    def _errors(
+        self,
+        params: PyTree,
+        x0: jax.Array,
+        wanted: Wanted,
+        t: jax.Array,
+        keys: jax.Array,
+        told: jax.Array,
+        low_noise: jax.Array,
+        layout: Layout,
+    ) -> jax.Array:
+        """The loss of each clip; `told` bool (B,), which are told the network's own estimate."""
+        eps = standard_normal(keys, x0.shape[1:])
+        x_t = self.diffusion.add_noise(x0, eps, t)
+        conditions = self._conditions(params, wanted, keys, low_noise)
+        if self.model.self_conditioning and self.self_conditioning > 0:
+            fixed = jax.lax.stop_gradient((params, conditions))
+            guess = self._predict(fixed[0], x_t, t, fixed[1], layout)
+            estimate = self.diffusion.read(guess, x_t, t).x0
+            if wanted.given is not None:
+                estimate = jnp.where(wanted.given_mask[..., None], wanted.given, estimate)
+            estimate = jnp.where(told[:, None, None, None, None], estimate, 0.0)
+            conditions = dataclasses.replace(conditions, estimate=estimate)
+        out = self._predict(params, x_t, t, conditions, layout)
+        counts = None if wanted.given_mask is None else ~wanted.given_mask[..., None]
+        return self.diffusion.losses(out, x0, eps, t, counts)
+
+
+def _denoiser(params: PyTree) -> PyTree:
+    return {name: value for name, value in params.items() if name != TEXT}
+
+
+def _shrink(video: jax.Array, factor: tuple[int, int, int]) -> jax.Array:
+    """Pixels (B, T, H, W, 3) averaged over blocks of (fh, fw)."""
+    b, t, h, w, c = video.shape
+    _, fh, fw = factor
+    return video.reshape(b, t, h // fh, fh, w // fw, fw, c).mean((3, 5))
 
 
 def _fold(keys: jax.Array, data: int) -> jax.Array:
     return jax.vmap(lambda k: jax.random.fold_in(k, data))(keys)
+
+
+def _uniform(keys: jax.Array, data: int) -> jax.Array:
+    return jax.vmap(jax.random.uniform)(_fold(keys, data))

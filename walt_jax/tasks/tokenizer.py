@@ -18,7 +18,7 @@ from walt_jax.models.tokenizer.inflation import How, inflate
 from walt_jax.models.tokenizer.quantizers import code_counts, perplexity, share_used
 from walt_jax.parallel import Layout
 from walt_jax.tasks.adversarial import AdversarialConfig, adversarial_losses, init_lecam
-from walt_jax.tasks.base import Batch, Metrics, PyTree, Task, sample_keys, to_unit
+from walt_jax.tasks.base import Batch, Metrics, PyTree, Task, images_of, sample_keys, to_unit
 from walt_jax.training.tokenizers import load_tokenizer
 
 DISCRIMINATOR = "discriminator"
@@ -28,8 +28,8 @@ DISCRIMINATOR = "discriminator"
 class TokenizerTask(Task, name="tokenizer"):
     """MAGVIT-v2's losses (2310.05737, appendix A); the parameters are those of all sub-networks.
 
-    A batch may hold images beside its videos (`image`, (N, 1, H, W, 3)): they share all losses but
-    the adversarial one, whose discriminator is built for the videos' size.
+    A batch may hold images beside its videos: they share all losses but the adversarial one, whose
+    discriminator is built for the videos' size.
 
     Attributes:
       model: sizes.
@@ -41,7 +41,6 @@ class TokenizerTask(Task, name="tokenizer"):
       counts_decay: decay of the running counts of codes.
     """
 
-    takes_images: ClassVar[bool] = True
     keeps_statistics: ClassVar[bool] = True
 
     model: TokenizerConfig = TokenizerConfig()
@@ -68,7 +67,7 @@ class TokenizerTask(Task, name="tokenizer"):
             params[DISCRIMINATOR] = self.discriminator.init(jax.random.fold_in(key, 1))
         return params
 
-    def given(self) -> PyTree:
+    def given_params(self) -> PyTree:
         if not self.init_from:
             return {}
         params = load_tokenizer(self.init_from).params
@@ -79,11 +78,12 @@ class TokenizerTask(Task, name="tokenizer"):
         late = self.adversarial is not None and self.adversarial.start_step > 0
         return {DISCRIMINATOR: self.adversarial.start_step} if late else {}
 
-    def prepare(self, workdir: str, dataset: Dataset) -> PyTree:
-        if dataset.metadata.get("kind") == "latents":
-            raise UserError(
-                f"{dataset.directory} holds latents: a tokenizer trains on prepared videos."
-            )
+    def prepare(self, workdir: str, *datasets: Dataset) -> PyTree:
+        for dataset in datasets:
+            if dataset.metadata.get("kind") == "latents":
+                raise UserError(
+                    f"{dataset.directory} holds latents: a tokenizer trains on prepared videos."
+                )
         return {"perceptual": self.perceptual.load()} if self.perceptual is not None else {}
 
     def init_extra(self) -> PyTree:
@@ -113,8 +113,8 @@ class TokenizerTask(Task, name="tokenizer"):
     ) -> tuple[jax.Array, tuple[Metrics, PyTree]]:
         x = to_unit(batch["video"])
         loss, metrics, z, y = self._reconstruction(params, frozen, x, key, step, layout)
-        if "image" in batch:
-            image = to_unit(batch["image"])
+        if images := images_of(batch):
+            image = to_unit(images["video"])
             image_key = jax.random.fold_in(key, 1)
             image_loss, of_images, _, _ = self._reconstruction(
                 params, frozen, image, image_key, step, layout

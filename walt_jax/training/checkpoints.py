@@ -106,7 +106,7 @@ class Checkpoints:
                 item = {n: jax.tree.map(lambda _: 0, tree[n]) for n in names}
                 as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
                 args = ocp.args.PyTreeRestore(item, restore_args=as_numpy, partial_restore=True)
-                return checkpointer.restore(path, args=args)
+                return numbered(checkpointer.restore(path, args=args))
         except Exception as e:  # orbax and tensorstore each raise their own kinds
             raise self._unreadable(step, e) from e
 
@@ -123,6 +123,18 @@ class Checkpoints:
             have = ", ".join(map(str, sorted(self._manager.all_steps()))) or "none"
             raise UserError(f"No checkpoint of step {step} in {self.directory} (it has: {have}).")
         return step
+
+
+def numbered(tree: PyTree) -> PyTree:
+    """A restored tree with the numbers of lists as they were: orbax gives them as strings.
+
+    Sorted as strings, "10" comes before "2", and a module would take the one's weights for the
+    other's.
+    """
+    if not isinstance(tree, dict):
+        return tree
+    named = {int(k) if str(k).isdigit() else k: numbered(v) for k, v in tree.items()}
+    return dict(sorted(named.items()))
 
 
 def _as_dict(state: Any) -> dict[str, PyTree]:

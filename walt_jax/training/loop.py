@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +62,8 @@ def train(
     mesh = make_mesh(experiment.mesh)
     with jax.set_mesh(mesh):
         run = _Run(experiment, workdir, mesh, quiet=quiet or not first)
-        claim(write=first)
         with Checkpoints(workdir, keep=experiment.keep_checkpoints) as checkpoints:
-            return run.steps(checkpoints)
+            return run.steps(checkpoints, functools.partial(claim, write=first))
 
 
 class _Run:
@@ -86,21 +85,19 @@ class _Run:
         dataset = open_dataset(experiment.data.path)
         make = functools.partial(Pipeline, dataset, batch_size=experiment.batch_size)
         self.data = make(experiment.data, seed=experiment.seed, split="train")
+        datasets = [dataset]
         if (images := experiment.images) is not None:
-            if not self.task.takes_images:
-                raise UserError("config.images is for tokenizers: this task takes no images.")
-            source, size = open_dataset(images.path), experiment.image_batch_size
-            if source.metadata.get("kind") == "latents":
-                raise UserError(f"{images.path} holds latents: config.images needs pixels.")
-            pipeline = Pipeline(source, images, batch_size=size, seed=experiment.seed)
+            datasets.append(open_dataset(images.path))
+            size = experiment.image_batch_size
+            pipeline = Pipeline(datasets[1], images, batch_size=size, seed=experiment.seed)
             self.data = Joint(self.data, pipeline)
         # Threads: an evaluation is over before worker processes would have started.
         few = dataclasses.replace(experiment.data, num_workers=0)
         split = "eval" if experiment.data.eval_fraction else "train"
         self.eval_data = make(few, seed=0, split=split, shuffle=False)
         self.say(f"data: {self.data.describe()}")
-        frozen = self.task.prepare(str(workdir), dataset)
-        self.frozen = place(frozen, jax.tree.map(lambda _: replicated(mesh), frozen))
+        self.prepared = self.task.prepare(str(workdir), *datasets)
+        self.frozen = place(self.prepared, jax.tree.map(lambda _: replicated(mesh), self.prepared))
         self.key = place(np.asarray(experiment.seed, np.uint32), replicated(mesh))
         self.optimizer = make_optimizer(
             experiment.optimizer, experiment.num_steps, self.task.starts
@@ -134,7 +131,7 @@ class _Run:
             lambda seed, given: self.create(jax.random.key(seed), given),
             out_shardings=self.shardings,
         )
-        given = self.task.given()
+        given = self.task.given_params()
         given = place(given, {name: self.shardings.params[name] for name in given})
         return create(self.key, given), Progress()
 
@@ -154,8 +151,8 @@ class _Run:
             train_step,
             task=self.task,
             optimizer=self.optimizer,
+            config=self.experiment.optimizer,
             schedule=make_schedule(self.experiment.optimizer, self.experiment.num_steps),
-            ema_decay=self.experiment.optimizer.ema_decay,
             layout=self.layout,
         )
         jitted = jax.jit(
@@ -175,14 +172,20 @@ class _Run:
             self.say(f"compiled {_shape(batch)[-1]} in {time.monotonic() - began:.0f} s")
         return compiled
 
-    def steps(self, checkpoints: Checkpoints) -> dict[str, float]:
-        """All steps from the newest checkpoint to the last; the last evaluation's metrics."""
+    def steps(self, checkpoints: Checkpoints, claim: Callable[[], None]) -> dict[str, float]:
+        """All steps from the newest checkpoint to the last; the last evaluation's metrics.
+
+        The workdir is claimed once the state is there and every step compiled.
+        """
         experiment = self.experiment
         state, progress = self.initial(checkpoints)
         if progress.next_batch >= experiment.num_steps:
+            claim()
             self.say(f"all {experiment.num_steps} steps are done; config.num_steps adds more")
             return self.evaluate(state, progress.next_batch, None)
         compiled = self.compile_steps()
+        claim()
+        self.task.keep(self.prepared, str(self.workdir))
         writer = metrics_lib.make_writer(self.workdir) if jax.process_index() == 0 else None
         log = _Log(self, progress, writer)
         first = progress.next_batch

@@ -1,41 +1,85 @@
 """Optimizers and learning-rate schedules."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import optax
 
+from walt_jax.errors import UserError
 from walt_jax.parallel.sharding import path_of
+
+_FROZEN, _OTHERS = "frozen", "others"
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay to 0.
+    """An optimizer with linear warm-up.
 
     Attributes:
+      name: "adamw", or "adafactor", which keeps second moments by rows and columns: a fraction of
+        the memory (1804.04235, without its scaling by the parameters' size).
       learning_rate: the peak.
       warmup_steps: steps of the linear rise to the peak.
-      b1, b2: moment decays.
+      schedule: after that, "cosine" decay to 0 or "constant".
+      b1, b2: moment decays; with b1 = 0 adafactor keeps no first moment, and it has its own b2.
       weight_decay: decoupled, on matrices and convolutions only.
       grad_clip: largest global norm of a gradient; 0 turns clipping off.
-      ema_decay: decay of the parameters' moving average.
+      ema_decay: decay of the parameters' moving average; 0 is none.
+      frozen: regular expressions; parameters in whose paths one is found stay as they are
+        (a run's `shardings.txt` lists the paths).
     """
 
+    name: Literal["adamw", "adafactor"] = "adamw"
     learning_rate: float = 5e-4
     warmup_steps: int = 1000
+    schedule: Literal["cosine", "constant"] = "cosine"
     b1: float = 0.9
     b2: float = 0.99
     weight_decay: float = 0.0
     grad_clip: float = 1.0
     ema_decay: float = 0.9999
+    frozen: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for pattern in self.frozen:
+            try:
+                re.compile(pattern)
+            except re.error as e:
+                raise UserError(
+                    f"config.optimizer.frozen has {pattern!r}, which is no regular expression: {e}."
+                ) from e
+
+    def is_frozen(self, params: Any) -> Any:
+        """Which leaves stay as they are: a tree of bool.
+
+        Raises:
+          UserError: an expression that is found in no path, or nothing is left to train.
+        """
+        found = jax.tree_util.tree_map_with_path(
+            lambda path, _: tuple(bool(re.search(p, path_of(path))) for p in self.frozen), params
+        )
+        rows = jax.tree.leaves(found, is_leaf=lambda x: isinstance(x, tuple))
+        for i, pattern in enumerate(self.frozen):
+            if not any(row[i] for row in rows):
+                paths = [path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+                raise UserError(
+                    f"config.optimizer.frozen has {pattern!r}, which is found in the path of no "
+                    f"parameter; paths are {', '.join(paths[:: max(1, len(paths) // 5)])} ..."
+                )
+        if rows and all(map(any, rows)):
+            raise UserError("config.optimizer.frozen leaves no parameter to train.")
+        return jax.tree.map(any, found, is_leaf=lambda x: isinstance(x, tuple))
 
 
 def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
     """step -> learning rate."""
     warmup = min(config.warmup_steps, num_steps)
     start = config.learning_rate / max(warmup, 1)  # from 0 the first update would do nothing
+    if config.schedule == "constant":
+        return optax.warmup_constant_schedule(start, config.learning_rate, warmup)
     return optax.warmup_cosine_decay_schedule(
         start, config.learning_rate, warmup, max(num_steps, warmup + 1)
     )
@@ -58,22 +102,32 @@ def make_optimizer(
             lambda path, _: path_of(path).endswith("kernel"), params
         )
 
-    direction = [
-        optax.scale_by_adam(config.b1, config.b2),
-        optax.add_decayed_weights(config.weight_decay, decayed),
-    ]
-    if starts:
-        early = optax.chain(*direction)
-        late = {
-            name: optax.conditionally_transform(early, lambda step, start=start: step >= start)
-            for name, start in starts.items()
-        }
+    early = optax.chain(
+        *_direction(config), optax.add_decayed_weights(config.weight_decay, decayed)
+    )
+    late = {
+        name: optax.conditionally_transform(early, lambda step, start=start: step >= start)
+        for name, start in (starts or {}).items()
+    }
 
-        def labels(params: Any) -> dict[str, str]:
-            return {name: name if name in late else "others" for name in params}
+    def labels(params: Any) -> Any:
+        def one(path: Any, frozen: bool) -> str:
+            network = path_of(path[:1])
+            return _FROZEN if frozen else network if network in late else _OTHERS
 
-        direction = [optax.partition({"others": early, **late}, labels)]
-    adamw = optax.chain(*direction, optax.scale_by_learning_rate(make_schedule(config, num_steps)))
-    if not config.grad_clip:
-        return adamw
-    return optax.chain(optax.clip_by_global_norm(config.grad_clip), adamw)
+        return jax.tree_util.tree_map_with_path(one, config.is_frozen(params))
+
+    direction = early
+    if late or config.frozen:
+        direction = optax.partition({_OTHERS: early, _FROZEN: optax.set_to_zero(), **late}, labels)
+    steps = [direction, optax.scale_by_learning_rate(make_schedule(config, num_steps))]
+    if config.grad_clip:
+        steps.insert(0, optax.clip_by_global_norm(config.grad_clip))
+    return optax.chain(*steps)
+
+
+def _direction(config: OptimizerConfig) -> list[optax.GradientTransformation]:
+    if config.name == "adamw":
+        return [optax.scale_by_adam(config.b1, config.b2)]
+    momentum = [optax.ema(config.b1, debias=True)] if config.b1 else []
+    return [optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), *momentum]

@@ -9,6 +9,7 @@ import optax
 
 from walt_jax.parallel import Layout
 from walt_jax.tasks import Task
+from walt_jax.training.optimizers import OptimizerConfig
 
 PyTree = Any
 
@@ -65,8 +66,8 @@ def train_step(
     *,
     task: Task,
     optimizer: optax.GradientTransformation,
+    config: OptimizerConfig,
     schedule: optax.Schedule,
-    ema_decay: float,
     layout: Layout,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update. Randomness is `fold_in(key, step)`: a resumed run draws what a straight one does.
@@ -78,13 +79,20 @@ def train_step(
     key = jax.random.fold_in(key, state.step)
 
     def loss_fn(params: PyTree) -> tuple[jax.Array, tuple[dict[str, jax.Array], PyTree]]:
+        if config.frozen:
+            params = jax.tree.map(
+                lambda p, frozen: jax.lax.stop_gradient(p) if frozen else p,
+                params,
+                config.is_frozen(params),
+            )
         return task.loss(params, state.extra, frozen, batch, key, state.step, layout)
 
     (loss, (metrics, extra)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    decay = warm_decay(ema_decay, state.step)
-    ema = jax.tree.map(lambda e, p: e + (1.0 - decay) * (p - e), state.ema, params)
+    decay, ema = warm_decay(config.ema_decay, state.step), params
+    if config.ema_decay:
+        ema = jax.tree.map(lambda e, p: e + (1.0 - decay) * (p - e), state.ema, params)
     metrics |= {
         "loss": loss,
         "grad_norm": optax.global_norm(grads),

@@ -13,7 +13,7 @@ from walt_jax.errors import UserError
 from walt_jax.models import Params, TokenizerConfig
 from walt_jax.models.tokenizer.frozen import FrozenTokenizer, network
 from walt_jax.parallel.sharding import path_of
-from walt_jax.training.checkpoints import Checkpoints
+from walt_jax.training.checkpoints import Checkpoints, numbered
 
 FOLDER = "tokenizer"
 
@@ -90,7 +90,7 @@ def _write(folder: epath.Path, tokenizer: FrozenTokenizer) -> None:
 def _read(folder: epath.Path) -> FrozenTokenizer:
     about = json.loads((folder / "about" / "metadata").read_text())
     with ocp.PyTreeCheckpointer() as checkpointer:
-        tree = checkpointer.restore((folder / "weights").resolve())
+        tree = numbered(checkpointer.restore((folder / "weights").resolve()))
     return FrozenTokenizer(
         tree["params"],
         np.asarray(tree["mean"]),

@@ -1,213 +1,256 @@
-"""The W.A.L.T denoiser: alternating window layers with AdaLN-LoRA (2312.06662, section 3.2)."""
-
-import dataclasses
+"""The denoiser: a list of attention windows and a way of conditioning (2312.06662, section 3.2)."""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from walt_jax.errors import UserError
-from walt_jax.kernels import resolve_window
-from walt_jax.kernels.window_attention import Window
 from walt_jax.models.build import stack
-from walt_jax.models.denoiser.layers import Layer, TimeEmbedding, layer_norm, linear, modulate
+from walt_jax.models.denoiser.block import Context, Group, num_vectors
+from walt_jax.models.denoiser.conditions import Conditions, Embedder, channels_in, check
+from walt_jax.models.denoiser.config import DenoiserConfig
+from walt_jax.models.denoiser.layers import Affine, layer_norm, linear, modulate, over_grid
+from walt_jax.models.denoiser.patches import (
+    depth_to_space,
+    patchify,
+    sincos,
+    sincos_frame,
+    unpatchify,
+    volume,
+)
 from walt_jax.parallel import Layout
 
 
-@dataclasses.dataclass(frozen=True)
-class DenoiserConfig:
-    """Sizes of a denoiser; the defaults are W.A.L.T-L on UCF-101 (table 8, 24/1024/16).
-
-    Attributes:
-      grid: (T, H, W) of the latents.
-      latent_channels: channels of the latents.
-      patch_size: (pt, ph, pw) of the patches that become tokens.
-      width: of the transformer; num_heads: heads, dividing it; mlp_ratio: MLP width / width.
-      num_layers: attention layers, a multiple of the number of windows.
-      windows: the attention windows in token units, repeated over the layers; 0 = whole axis.
-      adaln_rank: rank r of each layer's own modulation.
-      num_classes: classes, 0 for none; one more entry, the last, stands for no class.
-      relative_bias: Swin's relative position bias in every layer and head.
-      remat: recompute each group of layers in the backward pass.
-      dtype: what matrices compute in; parameters, softmax and statistics are float32.
-    """
-
-    grid: tuple[int, int, int] = (5, 16, 16)
-    latent_channels: int = 8
-    patch_size: tuple[int, int, int] = (1, 1, 1)
-    width: int = 1024
-    num_heads: int = 16
-    mlp_ratio: float = 4.0
-    num_layers: int = 24
-    windows: tuple[tuple[int, int, int], ...] = ((1, 0, 0), (0, 8, 8))
-    adaln_rank: int = 2
-    num_classes: int = 0
-    relative_bias: bool = True
-    remat: bool = True
-    dtype: str = "bfloat16"
-
-    def __post_init__(self) -> None:
-        if self.num_layers % len(self.windows):
-            raise UserError(
-                f"config.task.model.num_layers={self.num_layers} must be a multiple of the "
-                f"{len(self.windows)} windows that take turns."
-            )
-        if self.width % self.num_heads:
-            raise UserError(
-                f"config.task.model.width={self.width} must be a multiple of "
-                f"num_heads={self.num_heads}."
-            )
-        if any(g % p for g, p in zip(self.grid, self.patch_size)):
-            raise UserError(
-                f"config.task.model.grid {self.grid} is no multiple of patch_size "
-                f"{self.patch_size}."
-            )
-        for window in self.windows:
-            resolve_window(self.tokens, window)
-
-    @property
-    def tokens(self) -> tuple[int, int, int]:
-        """(T, H, W) of the tokens."""
-        t, h, w = (g // p for g, p in zip(self.grid, self.patch_size))
-        return t, h, w
-
-
-class Group(nnx.Module):
-    """One layer of each window; the denoiser scans over such groups."""
-
-    def __init__(self, config: DenoiserConfig, rngs: nnx.Rngs) -> None:
-        self.layers = nnx.List(
-            [
-                Layer(
-                    config.width,
-                    config.num_heads,
-                    int(config.width * config.mlp_ratio),
-                    window,
-                    resolve_window(config.tokens, window),
-                    rank=config.adaln_rank,
-                    relative_bias=config.relative_bias,
-                    dtype=jnp.dtype(config.dtype),
-                    rngs=rngs,
-                )
-                for window in config.windows
-            ]
-        )
-
-    def __call__(
-        self, x: jax.Array, condition_BD: jax.Array, shared_BD: jax.Array, layout: Layout
-    ) -> jax.Array:
-        for layer in self.layers:
-            x = layout.tokens(layer(x, condition_BD, shared_BD))
-        return x
-
-
 class Denoiser(nnx.Module):
-    """Predicts the diffusion target (v by default) from noisy latents, time and class."""
+    """Predicts the diffusion target from noisy latents, time and conditions.
+
+    Layers are stacked in groups of equal ones and scanned over, recomputed in the backward pass.
+    """
 
     def __init__(self, config: DenoiserConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
         width, dtype = config.width, jnp.dtype(config.dtype)
-        patch = _volume(config.patch_size) * config.latent_channels
         t, h, w = config.tokens
+        patch, channels = volume(config.patch_size), config.latent_channels
         table = nnx.initializers.normal(0.02)
-        self.patch_in = linear(patch, width, dtype, rngs)
-        self.spatial_embedding = nnx.Param(table(rngs.params(), (h * w, width)))
-        self.temporal_embedding = nnx.Param(table(rngs.params(), (t, width)))
-        self.time = TimeEmbedding(width, rngs)
-        self.class_embedding = (
-            # As large as the time embedding that it is added to, so that classes differ from the
-            # first step on.
-            nnx.Param(jax.random.normal(rngs.params(), (config.num_classes + 1, width)))
-            if config.num_classes
+        learned = config.positions == "learned"
+        self.patch_in = linear(patch * channels_in(config), width, dtype, rngs)
+        self.spatial_embedding = (
+            nnx.Param(table(rngs.params(), (h * w, width))) if learned else None
+        )
+        self.temporal_embedding = (
+            nnx.Param(table(rngs.params(), (t, width)))
+            if config.positions != "sincos" and t > 1
             else None
         )
-        self.adaln = linear(width, 6 * width, jnp.float32, rngs, zero=True)
-        self.groups = stack(
-            lambda r: Group(config, r), config.num_layers // len(config.windows), rngs
+        self.embed = Embedder(config, rngs)
+        self.token_embedding = (
+            nnx.Param(table(rngs.params(), (_num_vector_tokens(config), width)))
+            if learned and config.conditioning == "in_context"
+            else None
         )
-        self.adaln_out = linear(width, 2 * width, jnp.float32, rngs, zero=True)
-        self.patch_out = linear(width, patch, jnp.float32, rngs, zero=True)
-
-    @property
-    def null_class(self) -> int:
-        """The class index that stands for no class."""
-        return self.config.num_classes
+        shares = config.conditioning in ("adaln_lora", "adaln_single")
+        self.adaln = (
+            linear(width, num_vectors(config) * width, jnp.float32, rngs, zero=True)
+            if shares
+            else None
+        )
+        self.stages = nnx.List(
+            [
+                stack(lambda r, s=stage: Group(config, s, r), stage.repeats, rngs)
+                for stage in config.stages
+            ]
+        )
+        single = config.conditioning == "adaln_single"
+        self.adaln_out = (
+            linear(width, 2 * width, jnp.float32, rngs, zero=True)
+            if config.modulated and not single
+            else None
+        )
+        self.table_out = (
+            nnx.Param(jax.random.normal(rngs.params(), (2 * width,)) * width**-0.5)
+            if single
+            else None
+        )
+        self.norm_out = None if config.modulated else Affine(width, rngs)
+        channels_out = channels * (2 if config.learned_sigma else 1)
+        self.patch_out = linear(width, patch * channels_out, jnp.float32, rngs, zero=True)
+        self.conv_out = (
+            _frame_conv(channels_out, channels_out, rngs) if config.output_conv else None
+        )
+        self.conv_up = (
+            _frame_conv(channels, channels * volume(config.upsampling), rngs)
+            if config.upsampling
+            else None
+        )
 
     def __call__(
         self,
         z: jax.Array,
         t: jax.Array,
-        label: jax.Array | None = None,
+        conditions: Conditions = Conditions(),  # noqa: B008
         layout: Layout = Layout(),  # noqa: B008
     ) -> jax.Array:
         """One evaluation of the network.
 
         Args:
-          z: noisy latents (B, T, H, W, latent_channels) on the config's grid.
+          z: noisy latents (B, T, H, W, latent_channels) on the config's grid, or images of T = 1.
           t: timesteps (B,), 0 (clean) to the schedule's length - 1 (noise).
-          label: int32 (B,), class indices, `null_class` for none; None without classes.
+          conditions: what the network is told.
           layout: where activations lie on the mesh.
 
         Returns:
-          float32 (B, T, H, W, latent_channels).
+          float32 (B, T, H, W, latent_channels), twice the channels with learned_sigma.
 
         Raises:
-          UserError: latents of another shape, or labels given to a model without classes.
+          UserError: latents of another shape, a condition that is lacking or that the network was
+            not built for.
         """
-        config = self.config
-        expected = (*config.grid, config.latent_channels)
-        if z.shape[1:] != expected:
-            raise UserError(
-                f"Latents of shape {z.shape[1:]} do not fit this denoiser, which was built for "
-                f"{expected}."
-            )
-        if (label is None) != (self.class_embedding is None):
-            raise UserError(
-                f"This denoiser has {config.num_classes} classes, but labels were "
-                f"{'not given' if label is None else 'given'}."
-            )
-        condition = self.time(t)
-        if label is not None:
-            condition = condition + self.class_embedding[...][label]
-        _, tokens_h, tokens_w = config.tokens
-        x = self.patch_in(_patchify(z, config.patch_size))
-        places = self.spatial_embedding[...].reshape(1, tokens_h, tokens_w, -1)
-        x = x + (places + self.temporal_embedding[...][:, None, None, :]).astype(x.dtype)
-        x = layout.tokens(x)
-        x = self._layers(x, condition, self.adaln(nnx.silu(condition)), layout)
-        shift, scale = jnp.split(self.adaln_out(nnx.silu(condition)), 2, axis=-1)
-        x = modulate(layer_norm(x.astype(jnp.float32)), shift, scale)
-        return _unpatchify(self.patch_out(x), config.patch_size)
+        check(self.config, conditions, z)
+        patches = patchify(self.embed.channels(z, conditions), self.config.patch_size)
+        x = self._add_positions(self.patch_in(patches))
+        b, frames, rows, columns, _ = x.shape
+        x, context = self._tell(x, z, t, conditions)
+        x = self._layers(layout.tokens(x), context, layout)
+        if self.config.conditioning == "in_context":
+            x = x[:, -frames * rows * columns :].reshape(b, frames, rows, columns, -1)
+        return self._read_out(x[:, :frames], context.condition_BD)
 
-    def _layers(
-        self, x: jax.Array, condition: jax.Array, shared: jax.Array, layout: Layout
-    ) -> jax.Array:
-        graphdef, state = nnx.split(self.groups)
+    def upsample(self, low: jax.Array) -> jax.Array:
+        """Low-resolution latents (B, T, h, w, C) on the grid, by convolution and depth to space.
+
+        Noise augmentation comes between this and the `low` of `Conditions`.
+        """
+        return depth_to_space(_by_frame(self.conv_up, low), self.config.upsampling)
+
+    def _tell(
+        self, x: jax.Array, z: jax.Array, t: jax.Array, conditions: Conditions
+    ) -> tuple[jax.Array, Context]:
+        """The tokens with those that stand beside the grid's, and what all layers are given."""
+        config, vectors = self.config, self.embed.vectors(t, conditions)
+        image = x.shape[1] < config.tokens[0]
+        memory, segment_ids = [], None
+        if config.given in ("adaln", "cross_attention", "tokens"):
+            given, known = self.embed.given_tokens(z, conditions)
+            given = self._add_positions(given)
+            if config.given == "adaln":
+                vectors.append(_masked_mean(given, known))
+            elif config.given == "cross_attention":
+                memory.append((_flat(given), _flat(known)))
+            else:
+                x = jnp.concatenate([x, given.astype(x.dtype)], axis=1)
+                # What is not given sees itself alone, and no other token sees it.
+                alone = 1 + jnp.arange(known[0].size).reshape(known.shape[1:])
+                ids = jnp.where(known, 0, alone)
+                segment_ids = jnp.concatenate([jnp.zeros_like(ids), ids], axis=1)
+        if config.text_features:
+            memory.append((self.embed.text(conditions.text), conditions.text_mask))
+        condition, tokens = sum(vectors[1:], vectors[0]), jnp.stack(vectors, axis=1)
+        if config.conditioning == "cross_attention":
+            memory.append((tokens, None))
+        if config.conditioning == "added":
+            x = x + over_grid(condition).astype(x.dtype)
+        if config.conditioning == "in_context":
+            if self.token_embedding is not None:
+                tokens = tokens + self.token_embedding[...]
+            x = jnp.concatenate([tokens.astype(x.dtype), _flat(x)], axis=1)[:, :, None, None]
+            image = False  # a sequence now, read as a whole
+        shared = None if self.adaln is None else self.adaln(nnx.silu(condition))
+        return x, Context(condition, shared, *_join(memory, x.dtype), segment_ids, image)
+
+    def _add_positions(self, x: jax.Array) -> jax.Array:
+        """Adds the places' embeddings; an image has the first frame's."""
+        frames, rows, columns, width = x.shape[1:]
+        if self.spatial_embedding is not None:
+            places = self.spatial_embedding[...]
+        else:
+            places = jnp.asarray(sincos_frame(rows, columns, width))
+        places = places.reshape(1, rows, columns, width)
+        if self.temporal_embedding is not None:
+            places = places + self.temporal_embedding[...][:frames, None, None]
+        elif self.config.tokens[0] > 1:
+            places = places + jnp.asarray(sincos(np.arange(frames), width))[:, None, None]
+        return x + places.astype(x.dtype)
+
+    def _layers(self, x: jax.Array, context: Context, layout: Layout) -> jax.Array:
+        skips = None
+        for stage, module in zip(self.config.stages, self.stages):
+            x, skips = self._scan(stage.skip, module, x, skips, context, layout)
+        return x
+
+    def _scan(
+        self,
+        skip: str,
+        stage: Group,
+        x: jax.Array,
+        skips: jax.Array | None,
+        context: Context,
+        layout: Layout,
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """One stage of stacked groups; the last group reads the skip that the first one saved."""
+        graphdef, state = nnx.split(stage)
         dtype = jnp.dtype(self.config.dtype)
 
-        def group(x: jax.Array, params: dict) -> tuple[jax.Array, None]:
+        def group(
+            x: jax.Array, inputs: tuple[dict, jax.Array | None]
+        ) -> tuple[jax.Array, jax.Array | None]:
+            params, saved = inputs
             module = nnx.merge(graphdef, layout.gather(params, dtype, keep=("tensor",)))
-            return module(x, condition, shared, layout), None
+            x = module(x, saved, context, layout)
+            return x, x if skip == "save" else None
 
         if self.config.remat:
             group = jax.checkpoint(group)
-        x, _ = jax.lax.scan(group, x, nnx.to_pure_dict(state))
-        return x
+        given = skips[::-1] if skip == "read" else None
+        x, saved = jax.lax.scan(group, x, (nnx.to_pure_dict(state), given))
+        return x, skips if saved is None else saved
+
+    def _read_out(self, x: jax.Array, condition: jax.Array) -> jax.Array:
+        x = x.astype(jnp.float32)
+        if self.norm_out is not None:
+            x = self.norm_out(x)
+        else:
+            if self.table_out is not None:
+                vectors = self.table_out[...] + jnp.tile(condition, 2)
+            else:
+                vectors = self.adaln_out(nnx.silu(condition))
+            x = modulate(layer_norm(x), *jnp.split(vectors, 2, axis=-1))
+        out = unpatchify(self.patch_out(x), self.config.patch_size)
+        return out if self.conv_out is None else _by_frame(self.conv_out, out)
 
 
-def _volume(size: Window) -> int:
-    return size[0] * size[1] * size[2]
+def _num_vector_tokens(config: DenoiserConfig) -> int:
+    """How many vectors the condition has."""
+    return 1 + (config.num_classes > 0) + (config.given == "adaln")
 
 
-def _patchify(x: jax.Array, patch: Window) -> jax.Array:
-    b, t, h, w, c = x.shape
-    pt, ph, pw = patch
-    x = x.reshape(b, t // pt, pt, h // ph, ph, w // pw, pw, c).transpose(0, 1, 3, 5, 2, 4, 6, 7)
-    return x.reshape(b, t // pt, h // ph, w // pw, -1)
+def _frame_conv(features_in: int, features: int, rngs: nnx.Rngs) -> nnx.Conv:
+    return nnx.Conv(features_in, features, (3, 3), dtype=jnp.float32, rngs=rngs)
 
 
-def _unpatchify(x: jax.Array, patch: Window) -> jax.Array:
-    b, t, h, w, d = x.shape
-    pt, ph, pw = patch
-    x = x.reshape(b, t, h, w, pt, ph, pw, d // _volume(patch)).transpose(0, 1, 4, 2, 5, 3, 6, 7)
-    return x.reshape(b, t * pt, h * ph, w * pw, -1)
+def _by_frame(conv: nnx.Conv, x: jax.Array) -> jax.Array:
+    frames = conv(x.reshape(-1, *x.shape[2:]))
+    return frames.reshape(*x.shape[:2], *frames.shape[1:])
+
+
+def _flat(x: jax.Array) -> jax.Array:
+    """(B, T, H, W, ...) to (B, T H W, ...)."""
+    return x.reshape(x.shape[0], -1, *x.shape[4:])
+
+
+def _masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """Mean over the grid where the mask holds, float32 (B, D); 0 where it holds nowhere."""
+    weights = _flat(mask).astype(jnp.float32)
+    total = jnp.einsum("BL,BLD->BD", weights, _flat(x).astype(jnp.float32))
+    return total / jnp.maximum(weights.sum(-1, keepdims=True), 1.0)
+
+
+def _join(
+    memory: list[tuple[jax.Array, jax.Array | None]], dtype: jnp.dtype
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """Tokens (B, M, D) of all sources and their mask; a source without one is seen whole."""
+    if not memory:
+        return None, None
+    masks = [jnp.ones(x.shape[:2], bool) if mask is None else mask for x, mask in memory]
+    tokens = jnp.concatenate([x.astype(dtype) for x, _ in memory], axis=1)
+    return tokens, jnp.concatenate([mask.astype(bool) for mask in masks], axis=1)

@@ -1,13 +1,14 @@
-"""Layers of the W.A.L.T transformer (2312.06662, section 3.2)."""
+"""Parts of the transformer's layers: norms, embeddings of time and place, attention."""
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from walt_jax.kernels import window_attention
+from walt_jax.kernels import ExtraKv, resolve_window, window_attention
 from walt_jax.kernels.window_attention import Window
 
 _kernel_init = nnx.initializers.xavier_uniform()
@@ -40,26 +41,48 @@ def modulate(x: jax.Array, shift_BD: jax.Array, scale_BD: jax.Array) -> jax.Arra
     return x * (1 + over_grid(scale_BD)) + over_grid(shift_BD)
 
 
-class TimeEmbedding(nnx.Module):
-    """Sinusoids of the timestep through two Dense layers: (B,) to (B, D)."""
+def sinusoids(values: jax.Array, features: int) -> jax.Array:
+    """Cosines and sines of (B,) values at falling frequencies: float32 (B, features)."""
+    half = features // 2
+    frequencies = np.exp(-math.log(10_000) * np.arange(half) / half)
+    angles = values.astype(jnp.float32)[:, None] * frequencies.astype(np.float32)
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
-    def __init__(self, width: int, rngs: nnx.Rngs, *, num_sinusoids: int = 256) -> None:
-        self.num_sinusoids = num_sinusoids
+
+class TimeEmbedding(nnx.Module):
+    """Sinusoids of the time through two Dense layers: (B, num_sinusoids) to (B, D)."""
+
+    def __init__(self, width: int, num_sinusoids: int, rngs: nnx.Rngs) -> None:
         self.dense_in = linear(num_sinusoids, width, jnp.float32, rngs)
         self.dense_out = linear(width, width, jnp.float32, rngs)
 
-    def __call__(self, t: jax.Array) -> jax.Array:
-        half = self.num_sinusoids // 2
-        frequencies = np.exp(-math.log(10_000) * np.arange(half) / half)
-        angles = t.astype(jnp.float32)[:, None] * frequencies.astype(np.float32)
-        x = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+    def __call__(self, x: jax.Array) -> jax.Array:
         return self.dense_out(nnx.silu(self.dense_in(x)))
+
+
+class Affine(nnx.Module):
+    """Layer norm with a learned scale and shift."""
+
+    def __init__(self, width: int, rngs: nnx.Rngs) -> None:
+        del rngs
+        self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
+        self.shift = nnx.Param(jnp.zeros((width,), jnp.float32))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = layer_norm(x)
+        return y * self.scale[...].astype(x.dtype) + self.shift[...].astype(x.dtype)
+
+
+def of_image(window: Window) -> Window:
+    """The window's part of one frame."""
+    return (min(window[0], 1), *window[1:])
 
 
 class RelativeBias(nnx.Module):
     """Swin's relative position bias: one value for each offset (dt, dh, dw) and head.
 
-    The table is (2wt-1, 2wh-1, 2ww-1, heads); calling it gives the bias (heads, L, L).
+    The table is (2wt-1, 2wh-1, 2ww-1, heads); for a block no larger than the window the bias is
+    (heads, L, L).
     """
 
     def __init__(self, window: Window, num_heads: int, rngs: nnx.Rngs) -> None:
@@ -67,80 +90,157 @@ class RelativeBias(nnx.Module):
         shape = (*(2 * w - 1 for w in window), num_heads)
         self.table = nnx.Param(0.02 * jax.random.truncated_normal(rngs.params(), -2, 2, shape))
 
-    def __call__(self) -> jax.Array:
-        places = np.stack(np.meshgrid(*(np.arange(w) for w in self.window), indexing="ij"), -1)
+    def __call__(self, block: Window) -> jax.Array:
+        places = np.stack(np.meshgrid(*(np.arange(w) for w in block), indexing="ij"), -1)
         places = places.reshape(-1, 3)
         offsets = places[:, None] - places[None] + np.array(self.window) - 1
         bias_LLH = self.table[...][offsets[..., 0], offsets[..., 1], offsets[..., 2]]
         return bias_LLH.transpose(2, 0, 1)
 
 
+class HeadNorm(nnx.Module):
+    """Layer norm of each head's queries and keys, with a scale that heads share (2302.05442)."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        self.num_heads = num_heads
+        self.q_scale = nnx.Param(jnp.ones((width // num_heads,), jnp.float32))
+        self.k_scale = nnx.Param(jnp.ones((width // num_heads,), jnp.float32))
+
+    def queries(self, q: jax.Array) -> jax.Array:
+        """(..., D) to (..., D)."""
+        return self._norm(q, self.q_scale[...])
+
+    def keys(self, k: jax.Array) -> jax.Array:
+        """(..., D) to (..., D)."""
+        return self._norm(k, self.k_scale[...])
+
+    def _norm(self, x: jax.Array, scale_K: jax.Array) -> jax.Array:
+        heads = x.reshape(*x.shape[:-1], self.num_heads, -1)
+        return (layer_norm(heads) * scale_K.astype(x.dtype)).reshape(x.shape)
+
+
 class Attention(nnx.Module):
-    """Self-attention in windows with normalised queries and keys (ViT-22B, 2302.05442)."""
+    """Self-attention in windows: one for all heads, or several, each for its share of them."""
 
     def __init__(
         self,
         width: int,
         num_heads: int,
-        window: Window,
-        block: Window,
+        windows: Sequence[Window],
+        grid: Window,
         *,
+        causal: bool,
+        image_identity: bool,
         relative_bias: bool,
+        qk_norm: bool,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ) -> None:
-        self.num_heads, self.window = num_heads, window
+        self.windows, self.causal = tuple(windows), causal
+        self.image_identity = image_identity
+        self.share = num_heads // len(self.windows)
         self.qkv = linear(width, 3 * width, dtype, rngs)
         self.out = linear(width, width, dtype, rngs)
-        self.q_scale = nnx.Param(jnp.ones((width // num_heads,), jnp.float32))
-        self.k_scale = nnx.Param(jnp.ones((width // num_heads,), jnp.float32))
-        self.bias = RelativeBias(block, num_heads, rngs) if relative_bias else None
+        self.norm = HeadNorm(width, num_heads) if qk_norm else None
+        blocks = [resolve_window(grid, window) for window in self.windows]
+        self.biases = (
+            nnx.List([RelativeBias(block, self.share, rngs) for block in blocks])
+            if relative_bias
+            else None
+        )
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, *, image: bool = False, segment_ids: jax.Array | None = None
+    ) -> jax.Array:
+        """x (B, T, H, W, D); `image` where it is one frame of the grid that this was built for."""
+        passes = [image and self.image_identity and window[0] != 1 for window in self.windows]
+        if all(passes):
+            return self.out(self._values(x))
         q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
-        q, k = self._norm(q, self.q_scale[...]), self._norm(k, self.k_scale[...])
-        bias = None if self.bias is None else self.bias()
-        out = window_attention(q, k, v, num_heads=self.num_heads, window=self.window, bias=bias)
-        return self.out(out)
+        if self.norm is not None:
+            q, k = self.norm.queries(q), self.norm.keys(k)
+        outs = []
+        shares = (jnp.split(y, len(self.windows), axis=-1) for y in (q, k, v))
+        for i, (window, *qkv) in enumerate(zip(self.windows, *shares)):
+            if passes[i]:
+                outs.append(qkv[2])
+                continue
+            window = of_image(window) if image else window
+            bias = None
+            if self.biases is not None:
+                bias = self.biases[i](resolve_window(x.shape[1:4], window))
+            outs.append(
+                window_attention(
+                    *qkv,
+                    num_heads=self.share,
+                    window=window,
+                    bias=bias,
+                    causal=self.causal,
+                    segment_ids=segment_ids,
+                )
+            )
+        return self.out(jnp.concatenate(outs, axis=-1))
 
-    def _norm(self, x_BTHWD: jax.Array, scale_K: jax.Array) -> jax.Array:
-        heads = x_BTHWD.reshape(*x_BTHWD.shape[:-1], self.num_heads, -1)
-        return (layer_norm(heads) * scale_K.astype(x_BTHWD.dtype)).reshape(x_BTHWD.shape)
+    def _values(self, x: jax.Array) -> jax.Array:
+        """The values alone: what an identity mask needs of the three."""
+        dtype = self.qkv.dtype
+        kernel, bias = (
+            jnp.split(param[...], 3, axis=-1)[2].astype(dtype)
+            for param in (self.qkv.kernel, self.qkv.bias)
+        )
+        return x.astype(dtype) @ kernel + bias
 
 
-class Layer(nnx.Module):
-    """Attention and MLP, each modulated and gated by AdaLN-LoRA (equation 3).
+class CrossAttention(nnx.Module):
+    """Attention to tokens outside of the grid, and to the queries of the window where asked.
 
-    The modulation is A_1 + W_b W_a (c + t): A_1 is computed once for all layers by the denoiser,
-    the low-rank term is the layer's own.
+    `zero` starts its output at 0, for a layer without a gate that does so.
     """
 
     def __init__(
         self,
         width: int,
         num_heads: int,
-        mlp_width: int,
         window: Window,
-        block: Window,
         *,
-        rank: int,
-        relative_bias: bool,
+        queries: bool,
+        causal: bool,
+        zero: bool,
+        qk_norm: bool,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ) -> None:
-        self.lora_a = nnx.Linear(width, rank, use_bias=False, rngs=rngs)
-        self.lora_b = nnx.Linear(rank, 6 * width, use_bias=False, kernel_init=_zeros, rngs=rngs)
-        self.attention = Attention(
-            width, num_heads, window, block, relative_bias=relative_bias, dtype=dtype, rngs=rngs
-        )
-        self.up = linear(width, mlp_width, dtype, rngs)
-        self.down = linear(mlp_width, width, dtype, rngs)
+        self.num_heads, self.window = num_heads, window
+        self.queries, self.causal = queries, causal and queries
+        self.q = linear(width, width, dtype, rngs)
+        self.kv = linear(width, 2 * width, dtype, rngs)
+        self.out = linear(width, width, dtype, rngs, zero=zero)
+        self.norm = HeadNorm(width, num_heads) if qk_norm else None
 
-    def __call__(self, x: jax.Array, condition_BD: jax.Array, shared_BD: jax.Array) -> jax.Array:
-        vectors = shared_BD + self.lora_b(self.lora_a(condition_BD)).astype(jnp.float32)
-        vectors = jnp.split(vectors.astype(x.dtype), 6, axis=-1)
-        shift1, scale1, gate1, shift2, scale2, gate2 = vectors
-        y = self.attention(modulate(layer_norm(x), shift1, scale1))
-        x = x + over_grid(gate1) * y
-        y = self.up(modulate(layer_norm(x), shift2, scale2))
-        return x + over_grid(gate2) * self.down(nnx.gelu(y))
+    def __call__(
+        self,
+        x: jax.Array,
+        memory_BMD: jax.Array,
+        mask_BM: jax.Array,
+        *,
+        image: bool = False,
+        segment_ids: jax.Array | None = None,
+    ) -> jax.Array:
+        """x (B, T, H, W, D) reads the memory where its mask is True."""
+        q = self.q(x) if self.norm is None else self.norm.queries(self.q(x))
+        k, v = self._keys(x) if self.queries else (None, None)
+        out = window_attention(
+            q,
+            k,
+            v,
+            num_heads=self.num_heads,
+            window=of_image(self.window) if image else self.window,
+            causal=self.causal,
+            segment_ids=segment_ids if self.queries else None,
+            extra_kv=ExtraKv(*self._keys(memory_BMD), mask_BM),
+        )
+        return self.out(out)
+
+    def _keys(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        k, v = jnp.split(self.kv(x), 2, axis=-1)
+        return k if self.norm is None else self.norm.keys(k), v

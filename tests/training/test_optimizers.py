@@ -1,0 +1,125 @@
+"""Optimizers: what they move, and how fast."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from walt_jax.errors import UserError
+from walt_jax.models import DenoiserConfig
+from walt_jax.parallel import Layout
+from walt_jax.tasks import DenoiserTask
+from walt_jax.training.optimizers import OptimizerConfig, make_optimizer, make_schedule
+from walt_jax.training.state import TrainState, train_step
+
+TASK = DenoiserTask(
+    tokenizer="",
+    model=DenoiserConfig(
+        grid=(1, 4, 4),
+        latent_channels=2,
+        width=16,
+        num_heads=2,
+        num_layers=2,
+        windows=((0, 0, 0),),
+        dtype="float32",
+    ),
+)
+BATCH = {
+    "latents": np.random.default_rng(0).normal(size=(4, 1, 4, 4, 2)).astype(np.float32),
+    "label": np.zeros(4, np.int32),
+}
+
+
+def train(config, steps):
+    """Losses, metrics of the last step, the first state and the last."""
+    optimizer = make_optimizer(config, 100)
+    state = first = jax.jit(functools.partial(TrainState.create, TASK, optimizer))(
+        jax.random.key(0)
+    )
+    step = jax.jit(
+        functools.partial(
+            train_step,
+            task=TASK,
+            optimizer=optimizer,
+            config=config,
+            schedule=make_schedule(config, 100),
+            layout=Layout(),
+        )
+    )
+    losses = []
+    for _ in range(steps):
+        state = dataclasses.replace(state, step=jnp.zeros_like(state.step))  # the same noise
+        state, metrics = step(state, {}, BATCH, jax.random.key(1))
+        losses.append(float(metrics["loss"]))
+    return losses, metrics, first, state
+
+
+def moved(first, last):
+    """Which parameters changed, by the first two names of their paths."""
+    changed = jax.tree.map(lambda a, b: bool((a != b).any()), first.params, last.params)
+    out = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(changed):
+        out.setdefault(path[0].key, []).append(leaf)
+    return {name: any(leaves) for name, leaves in out.items()}
+
+
+def test_frozen_parameters_stay_and_the_others_move():
+    config = OptimizerConfig(
+        frozen=("^stages/", "embedding$"), weight_decay=0.1, warmup_steps=1, grad_clip=1.0
+    )
+    _, metrics, first, last = train(config, 3)
+    assert moved(first, last) == {
+        "patch_in": True, "spatial_embedding": False, "embed": True, "adaln": True,
+        "stages": False, "adaln_out": True, "patch_out": True,
+    }  # fmt: skip
+    assert metrics["grad_norm/stages"] == 0 < metrics["grad_norm/patch_out"]
+    sizes = [x.size for x in jax.tree.leaves(last.opt_state) if x.ndim]
+    stages = sum(x.size for x in jax.tree.leaves(last.params["stages"]))
+    total = sum(x.size for x in jax.tree.leaves(last.params))
+    assert sum(sizes) <= 2 * (total - stages)  # no moments of what is frozen
+
+
+@pytest.mark.parametrize(
+    ("frozen", "message"),
+    [
+        (("nowhere",), "found in the path of no parameter"),
+        (("",), "leaves no parameter to train"),
+        (("(",), "no regular expression"),
+    ],
+)
+def test_freezing_nothing_or_all_is_one_sentence(frozen, message):
+    with pytest.raises(UserError, match=message):
+        make_optimizer(OptimizerConfig(frozen=frozen), 10).init(TASK.init(jax.random.key(0)))
+
+
+@pytest.mark.parametrize("b1", [0.0, 0.9])
+def test_adafactor_learns_with_little_memory(b1):
+    config = OptimizerConfig(name="adafactor", learning_rate=3e-3, warmup_steps=1, b1=b1)
+    losses, _, _, _ = train(config, 40)
+    assert losses[-1] < 0.5 * losses[0]
+    wide = {"kernel": jnp.zeros((256, 512))}
+    kept = jax.tree.leaves(make_optimizer(config, 10).init(wide))
+    assert sum(x.size for x in kept) < 2000 + (b1 > 0) * 256 * 512
+
+
+def test_schedules():
+    cosine = make_schedule(OptimizerConfig(learning_rate=1.0, warmup_steps=10), 110)
+    constant = make_schedule(
+        OptimizerConfig(learning_rate=1.0, warmup_steps=10, schedule="constant"), 110
+    )
+    for schedule in (cosine, constant):
+        assert schedule(0) == pytest.approx(0.1) and schedule(10) == pytest.approx(1.0)
+    assert cosine(60) == pytest.approx(0.5, abs=0.01) and cosine(110) == pytest.approx(0, abs=1e-6)
+    assert constant(110) == pytest.approx(1.0)
+
+
+def test_no_moving_average_is_the_parameters():
+    _, _, _, last = train(OptimizerConfig(ema_decay=0.0, warmup_steps=1), 2)
+    jax.tree.map(np.testing.assert_array_equal, last.ema, last.params)
+    _, _, _, last = train(OptimizerConfig(ema_decay=0.9, warmup_steps=1), 2)
+    assert any(
+        (a != b).any() for a, b in zip(jax.tree.leaves(last.ema), jax.tree.leaves(last.params))
+    )

@@ -1,0 +1,108 @@
+"""A small text encoder over bytes, trained jointly with the denoiser that reads it."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from walt_jax.errors import UserError
+from walt_jax.models.denoiser.layers import Affine, Attention, linear
+
+_FULL = (0, 0, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class ByteEncoderConfig:
+    """Sizes of a `ByteEncoder`.
+
+    Attributes:
+      width: of its tokens; the denoiser's `text_features`.
+      num_layers, num_heads: of the transformer.
+      max_bytes: longest text, in bytes of UTF-8.
+      dtype: what matrices compute in.
+    """
+
+    width: int = 256
+    num_layers: int = 2
+    num_heads: int = 4
+    max_bytes: int = 128
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+
+    def __post_init__(self) -> None:
+        if min(self.width, self.num_layers, self.num_heads, self.max_bytes) < 1:
+            raise UserError(f"The sizes of config.task.text must be positive, got {self}.")
+        if self.width % self.num_heads:
+            raise UserError(
+                f"config.task.text.width={self.width} must be a multiple of num_heads="
+                f"{self.num_heads}."
+            )
+
+
+def to_bytes(text: str, length: int) -> np.ndarray:
+    """UTF-8 of a text, cut or filled up with zeros: uint8 (length,)."""
+    coded = np.frombuffer(text.encode()[:length], np.uint8)
+    return np.pad(coded, (0, length - len(coded)))
+
+
+class ByteEncoder(nnx.Module):
+    """A transformer over the bytes of a text; each sees all others that are no padding."""
+
+    def __init__(self, config: ByteEncoderConfig, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+        table = nnx.initializers.normal(0.02)
+        self.byte_embedding = nnx.Param(table(rngs.params(), (256, config.width)))
+        self.place_embedding = nnx.Param(table(rngs.params(), (config.max_bytes, config.width)))
+        self.layers = nnx.List([_Layer(config, rngs) for _ in range(config.num_layers)])
+        self.norm = Affine(config.width, rngs)
+
+    def __call__(self, text: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Encodes.
+
+        Args:
+          text: uint8 (B, M), bytes; 0 is padding.
+
+        Returns:
+          Tokens (B, M, width), and bool (B, M), False where a token is padding.
+
+        Raises:
+          UserError: more bytes than `max_bytes`.
+        """
+        length = text.shape[1]
+        if length > self.config.max_bytes:
+            raise UserError(
+                f"Texts of {length} bytes do not fit config.task.text.max_bytes="
+                f"{self.config.max_bytes}: make config.data.caption_bytes no larger."
+            )
+        mask = text != 0
+        x = self.byte_embedding[...][text.astype(jnp.int32)] + self.place_embedding[...][:length]
+        x = x.astype(self.config.dtype)[:, None, None]  # a sequence as a grid of one row
+        for layer in self.layers:
+            x = layer(x, mask[:, None, None])
+        return self.norm(x)[:, 0, 0], mask
+
+
+class _Layer(nnx.Module):
+    def __init__(self, config: ByteEncoderConfig, rngs: nnx.Rngs) -> None:
+        width, dtype = config.width, jnp.dtype(config.dtype)
+        self.attention = Attention(
+            width,
+            config.num_heads,
+            (_FULL,),
+            (1, 1, config.max_bytes),
+            causal=False,
+            image_identity=False,
+            relative_bias=False,
+            qk_norm=True,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.norms = nnx.List([Affine(width, rngs), Affine(width, rngs)])
+        self.up = linear(width, 4 * width, dtype, rngs)
+        self.down = linear(4 * width, width, dtype, rngs)
+
+    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+        x = x + self.attention(self.norms[0](x), segment_ids=mask.astype(jnp.int32))
+        return x + self.down(nnx.gelu(self.up(self.norms[1](x))))

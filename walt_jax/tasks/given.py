@@ -1,0 +1,133 @@
+"""Which latents a clip in training is given: the unified mask (VDT, 2305.13311, section 3.3)."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from walt_jax.errors import UserError
+
+Grid = tuple[int, int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class GivenConfig:
+    """Shares of clips by what is given of them, clean; of the rest nothing is (generation).
+
+    W.A.L.T's frame prediction is `first` alone; its share p_fp is not published.
+
+    Attributes:
+      first: the first latent frames: video prediction, image to video.
+      last: the last ones: extension backwards.
+      ends: the first and the last frame: interpolation, transitions.
+      every_other: every second frame, from the first on.
+      random: each frame by a coin.
+      region: all but a random box, the same in every frame: in- and outpainting.
+      first_frames: how many latent frames `first` gives, and `last` at the other end; each number
+        as often as the others.
+    """
+
+    first: float = 0.0
+    last: float = 0.0
+    ends: float = 0.0
+    every_other: float = 0.0
+    random: float = 0.0
+    region: float = 0.0
+    first_frames: tuple[int, ...] = (1, 2)
+
+    def __post_init__(self) -> None:
+        shares = [getattr(self, kind) for kind in _KINDS]
+        if min(shares) < 0 or sum(shares) > 1 + 1e-6:
+            raise UserError(
+                f"The shares of config.task.given ({', '.join(_KINDS)}) must not be negative nor "
+                f"sum to more than 1, got {shares}."
+            )
+        if not self.first_frames or min(self.first_frames) < 1:
+            raise UserError(
+                "config.task.given.first_frames must name numbers of latent frames, at least 1, "
+                f"got {self.first_frames}."
+            )
+
+    @property
+    def share(self) -> float:
+        """Of clips of which something is given."""
+        return sum(getattr(self, kind) for kind in _KINDS)
+
+
+def draw_masks(config: GivenConfig, keys: jax.Array, grid: Grid) -> jax.Array:
+    """What is given of each clip.
+
+    Args:
+      config: shares of the kinds.
+      keys: (B,), a key a clip.
+      grid: (T, H, W) of the latents.
+
+    Returns:
+      bool (B, T, H, W), True where a latent is given.
+
+    Raises:
+      UserError: `first_frames` gives all of the clip.
+    """
+    if config.first + config.last > 0 and max(config.first_frames) >= grid[0]:
+        raise UserError(
+            f"config.task.given.first_frames={config.first_frames} gives all of clips of {grid[0]} "
+            "latent frames: at least one must be left to generate."
+        )
+    shares = [getattr(config, kind) for kind in _KINDS]
+    odds = jnp.asarray([max(0.0, 1.0 - sum(shares)), *shares])
+
+    def one(key: jax.Array) -> jax.Array:
+        pick, draw = jax.random.split(key)
+        nothing = jnp.zeros(grid, bool)
+        masks = [_KINDS[kind](draw, grid, config.first_frames) for kind in _KINDS]
+        masks = jnp.stack([nothing, *(jnp.broadcast_to(mask, grid) for mask in masks)])
+        mask = masks[jax.random.choice(pick, len(masks), p=odds)]
+        return mask & ~mask.all()  # of a clip that is given whole, nothing would be learned
+
+    return jax.vmap(one)(keys)
+
+
+def _first(key: jax.Array, grid: Grid, counts: Sequence[int]) -> jax.Array:
+    count = jax.random.choice(key, jnp.asarray(counts))
+    return _frames(grid) < count
+
+
+def _last(key: jax.Array, grid: Grid, counts: Sequence[int]) -> jax.Array:
+    return _first(key, grid, counts)[::-1]
+
+
+def _ends(key: jax.Array, grid: Grid, counts: Sequence[int]) -> jax.Array:
+    return (_frames(grid) == 0) | (_frames(grid) == grid[0] - 1)
+
+
+def _every_other(key: jax.Array, grid: Grid, counts: Sequence[int]) -> jax.Array:
+    return _frames(grid) % 2 == 0
+
+
+def _random(key: jax.Array, grid: Grid, counts: Sequence[int]) -> jax.Array:
+    return jax.random.bernoulli(key, 0.5, (grid[0], 1, 1))
+
+
+def _region(key: jax.Array, grid: Grid, counts: Sequence[int]) -> jax.Array:
+    """All but a box between two corners."""
+    inside = []
+    for axis, draw in zip((1, 2), jax.random.split(key)):
+        corners = jax.random.randint(draw, (2,), 0, grid[axis])
+        places = jnp.arange(grid[axis])
+        inside.append((places >= corners.min()) & (places <= corners.max()))
+    return ~(inside[0][:, None] & inside[1][None, :])[None]
+
+
+def _frames(grid: Grid) -> jax.Array:
+    return jnp.arange(grid[0])[:, None, None]
+
+
+_KINDS: dict[str, Callable[[jax.Array, Grid, Sequence[int]], jax.Array]] = {
+    "first": _first,
+    "last": _last,
+    "ends": _ends,
+    "every_other": _every_other,
+    "random": _random,
+    "region": _region,
+}

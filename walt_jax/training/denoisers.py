@@ -1,0 +1,49 @@
+"""Starting a denoiser from the weights of another run."""
+
+import dataclasses
+
+import jax
+
+from walt_jax import config as config_lib
+from walt_jax.errors import UserError
+from walt_jax.models import Denoiser, DenoiserConfig, Network, Params
+from walt_jax.models.denoiser import transfer
+from walt_jax.models.text import ByteEncoderConfig
+from walt_jax.parallel import MeshConfig, make_mesh
+from walt_jax.training.checkpoints import Checkpoints
+
+TEXT = "text"  # the text encoder's name beside the denoiser's own parameters
+
+
+def start_from(
+    workdir: str,
+    config: DenoiserConfig,
+    network: Network[Denoiser],
+    text: ByteEncoderConfig | None = None,
+) -> Params:
+    """The moving average of the run in `workdir`, made to fit `config`, on the host.
+
+    With the text encoder of that run, where both have one.
+
+    Raises:
+      UserError: the folder holds no denoiser's run, or one that does not fit.
+    """
+    task = config_lib.read_resolved(workdir)["task"]
+    if task["name"] != "denoiser":
+        raise UserError(
+            f"config.task.init_from={workdir} is a run of another task: give a denoiser's workdir."
+        )
+    old = config_lib.build(DenoiserConfig, task["model"], f"{workdir}: task.model")
+    with Checkpoints(workdir, read_only=True) as checkpoints:
+        params = checkpoints.restore_part(("ema",))["ema"]
+    encoder = params.pop(TEXT, None)
+    sizes = task.get("text")
+    trained = sizes and config_lib.build(ByteEncoderConfig, sizes, f"{workdir}: task.text")
+    if trained and text and dataclasses.replace(trained, dtype=text.dtype) != text:
+        raise UserError(
+            f"The text encoder of config.task.init_from={workdir} is {trained}, but "
+            f"config.task.text is {text}: make it the same."
+        )
+    with jax.set_mesh(make_mesh(MeshConfig(), jax.local_devices(backend="cpu")[:1])):
+        fresh = jax.device_get(network.init(jax.random.key(0)))
+    return transfer(params, old, config, fresh) | ({TEXT: encoder} if trained and text else {})
