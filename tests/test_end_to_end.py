@@ -115,7 +115,14 @@ def test_the_denoiser_trains_on_videos_too(finished, tmp_path):
     assert 0.1 < scores["eval/loss"] < 10
 
 
-@pytest.mark.parametrize("path", sorted(Path("configs").rglob("*.py")), ids=lambda p: p.stem)
+def _configs():
+    """All; of the denoiser's family, two at once and the others among the slow tests."""
+    for path in sorted(Path("configs").rglob("*.py")):
+        later = path.parent.name == "family" and path.stem not in ("dit", "sora")
+        yield pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * later)
+
+
+@pytest.mark.parametrize("path", _configs())
 def test_every_config_takes_a_debug_step(finished, tmp_path, path):
     out, _ = finished
     values = config_lib.load(f"{path}:debug")
