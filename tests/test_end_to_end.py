@@ -116,9 +116,11 @@ def test_the_denoiser_trains_on_videos_too(finished, tmp_path):
 
 
 def _configs():
-    """All; of the denoiser's family, two at once and the others among the slow tests."""
+    """All; those that are much like another one, and most of the family, are slow tests."""
+    alike = ("tokenizer_k600", "walt_k600", "walt_sr2")
     for path in sorted(Path("configs").rglob("*.py")):
         later = path.parent.name == "family" and path.stem not in ("dit", "sora")
+        later = later or path.stem in alike
         yield pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * later)
 
 
