@@ -278,6 +278,21 @@ def test_commands_in_the_docstring_would_run(path, capsys, monkeypatch):
             config.build(Experiment, config.load(spec, given))
 
 
+def test_a_key_of_another_choice_says_how_to_begin_anew():
+    """DiT's sampler has a key that the chosen one lacks; a mere typo has no such sentence."""
+    spec = str(REPO / "configs/family/dit.py")
+    values = config.load(spec, ["task.sampler.name=ddim"])
+    with pytest.raises(
+        UserError, match=r"variance, which is of another .*--config\.task\.sampler="
+    ):
+        config.build(Experiment, values)
+    anew = config.load(spec, ["task.sampler={'name': 'ddim'}"])
+    assert config.build(Experiment, anew).task.sampler.name == "ddim"
+    with pytest.raises(UserError, match="did you mean 'sampler'") as error:
+        config.build(Experiment, config.load(spec, ["task.smapler=1"]))
+    assert "begin anew" not in str(error.value)
+
+
 # The workdir
 
 

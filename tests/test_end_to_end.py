@@ -183,6 +183,14 @@ def test_a_failed_start_leaves_the_workdir_free(finished, tmp_path):
     values["data"]["path"] = str(out / "latents")
     with pytest.raises(UserError, match="holds latents"):
         train(config_lib.build(Experiment, values), tmp_path / "run", quiet=True)
+    # What is found at compiling, with the tokenizer loaded by then.
+    values = config_lib.load("configs/sprites_walt.py:debug", ["task.model.grid=(2,8,8)"])
+    values["task"]["tokenizer"] = str(out / "tokenizer")
+    values["data"]["path"] = str(out / "latents")
+    with pytest.raises(UserError, match="do not fit this denoiser"):
+        train(config_lib.build(Experiment, values), tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run" / "config.json").exists()
+    assert not (tmp_path / "run" / "tokenizer").exists()
 
 
 def test_a_damaged_checkpoint_is_one_sentence(finished, tmp_path):

@@ -105,22 +105,24 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "config") -> T:
     """
     if not isinstance(values, Mapping):
         raise UserError(f"{where} must be a group of keys, got {values!r}.")
-    values, name = dict(values), None
+    values, others, name = dict(values), {}, None
     if (registry := getattr(cls, "registry", None)) is not None:
         name = values.pop("name", "")
         name = "none" if name is None else name  # a literal such as --config.x.name=none
         if name not in registry:
             known = ", ".join(sorted(registry))
             raise UserError(f"{where}.name must be one of {known}, got {name!r}.")
-        cls = registry[name]
+        cls, others = registry[name], registry
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
     hints = typing.get_type_hints(cls)
     for key in values:
         if key not in fields:
-            whole = ""
-            if name is not None:
-                whole = f" To leave out what another name had: --{where}=\"{{'name': '{name}'}}\"."
-            raise UserError(f"Nothing reads {where}.{key}{_nearest(key, fields)}{whole}")
+            if any(key in getattr(other, "__dataclass_fields__", {}) for other in others.values()):
+                raise UserError(
+                    f"Nothing reads {where}.{key}, which is of another {where}.name than {name!r}: "
+                    f"leave it out, or begin anew with --{where}=\"{{'name': '{name}'}}\"."
+                )
+            raise UserError(f"Nothing reads {where}.{key}{_nearest(key, fields)}")
     kwargs = {k: _coerce(v, hints[k], f"{where}.{k}") for k, v in values.items()}
     for name, field in fields.items():
         required = (

@@ -253,6 +253,8 @@ class DenoiserTask(Task, name="denoiser"):
           UserError: `wanted` is not what the model was built for.
         """
         wanted.check(self.model)
+        if image and wanted.given is not None:
+            raise UserError("An image is sampled without 'given', which is of whole clips.")
         frames = 1 if image else self.model.grid[0]
         noise = standard_normal(keys, (frames, *self.model.grid[1:], self.model.latent_channels))
         share = jnp.full(
