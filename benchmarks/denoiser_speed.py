@@ -9,9 +9,9 @@ and of the same layers in PyTorch (`torch_denoiser.py`) with the same weights. O
 gradients are compared first, in float32; then both run in turn, and the medians and their ratio
 are printed. PyTorch has its own attention and fused AdamW and runs eagerly, or with `--compile`
 through torch.compile; in bfloat16 both keep float32 parameters. Neither recomputes activations.
-On a CPU, set GLIBC_TUNABLES as the Makefile does, and with `:glibc.malloc.arena_max=1`: XLA's
-buffers then lie in huge pages, and stay there from one step to the next. Where other programs use
-the cores too, compare core seconds on one core (`taskset -c 0 python -m ...`).
+On a CPU, set GLIBC_TUNABLES as the Makefile does: XLA's buffers then lie in huge pages, and stay
+there from one step to the next. Where other programs use the cores too, compare core seconds on one
+core (`taskset -c 0 python -m ...`).
 
 With `--tpu`: cycles, share of peak and HBM of published sizes, one clip a chip, by the TPU
 compiler, with no TPU attached: one evaluation, and one with its gradients.

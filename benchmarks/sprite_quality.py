@@ -130,7 +130,7 @@ class Table:
         """
         self._out, self._path = args.out, args.out / "quality.json"
         options = {k: v for k, v in vars(args).items() if k not in ("out", "only")}
-        self._content = {"options": options, "cores": os.cpu_count(), "rows": {}}
+        self._content = {"options": options, "cores": _cores(), "rows": {}}
         if self._path.exists():
             self._content = json.loads(self._path.read_text())
             if diff := config_lib.differences(self._content["options"], options):
@@ -314,6 +314,12 @@ def _text(text: str, width: int, height: int) -> np.ndarray:
     place = 4, height // 2 + 5
     cv2.putText(image, text, place, cv2.FONT_HERSHEY_SIMPLEX, 0.45, (0, 0, 0), 1, cv2.LINE_AA)
     return image
+
+
+def _cores() -> int:
+    """Those that this process may use (all of them, where the system does not say)."""
+    may = getattr(os, "sched_getaffinity", None)
+    return len(may(0)) if may else os.cpu_count()
 
 
 def _shown(args: argparse.Namespace, name: str) -> Path:

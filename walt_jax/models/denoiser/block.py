@@ -13,6 +13,7 @@ from walt_jax.models.denoiser.layers import (
     Affine,
     Attention,
     CrossAttention,
+    gelu,
     layer_norm,
     linear,
     modulate,
@@ -168,7 +169,7 @@ class Layer(nnx.Module):
             memory = context.memory_BMD, context.memory_mask_BM
             x = x + gate(self.cross(norm(x), *memory, **seen))
         norm, gate = next(branches)
-        return x + gate(self.down(nnx.gelu(self.up(norm(x)))))
+        return x + gate(self.down(gelu(self.up(norm(x)))))
 
     def _branches(
         self, context: Context, dtype: jnp.dtype
