@@ -252,21 +252,21 @@ def price(models: list[str], chips: list[str]) -> Iterator[Record]:
     print(f"{NOTE}; one clip a chip, {DenoiserConfig.dtype}")
     print(f"{'':<42}{'Mcycles':>10}{'ms':>9}{'MFU':>7}{'HBM, GiB: arguments, temporaries':>36}")
     for model in models:
-        for passes, function, arguments, flops in _passes(DENOISERS[model]):
+        for name, function, arguments, flops in passes(DENOISERS[model]):
             for chip in chips:
                 cost = estimate(function, *arguments, chip=chip)
                 memory = cost.arguments / 2**30, cost.temporaries / 2**30
                 seconds = cost.cycles / CHIPS[chip].hertz
                 share = peak_share(flops, cost.cycles, chip)
                 print(
-                    f"{f'{model}, {passes}, {chip}':<42}{cost.cycles / 1e6:>10.2f}"
+                    f"{f'{model}, {name}, {chip}':<42}{cost.cycles / 1e6:>10.2f}"
                     f"{1e3 * seconds:>9.2f}{share:>7.1%}{memory[0]:>24.2f}{memory[1]:>12.2f}"
                     + (f"; {len(cost.unpriced)} kernels without a price" if cost.unpriced else ""),
                     flush=True,
                 )
                 yield {
                     "model": model,
-                    "passes": passes,
+                    "passes": name,
                     "chip": chip,
                     "flops": flops,
                     "seconds": seconds,
@@ -275,13 +275,15 @@ def price(models: list[str], chips: list[str]) -> Iterator[Record]:
                 }
 
 
-def _passes(config: DenoiserConfig) -> Iterator[tuple[str, Callable, tuple[Any, ...], float]]:
+def passes(
+    config: DenoiserConfig, clips: int = 1
+) -> Iterator[tuple[str, Callable, tuple[Any, ...], float]]:
     """What is priced of a size: (name, function, shapes, model FLOPs)."""
     network = Network.of(lambda rngs: Denoiser(config, rngs=rngs))
     plain = dataclasses.replace(config, remat=False)  # recomputation is no work of the model's
     exact = Network.of(lambda rngs: Denoiser(plain, rngs=rngs))
-    z = jax.ShapeDtypeStruct((1, *config.grid, config.latent_channels), jnp.float32)
-    t = jax.ShapeDtypeStruct((1,), jnp.int32)
+    z = jax.ShapeDtypeStruct((clips, *config.grid, config.latent_channels), jnp.float32)
+    t = jax.ShapeDtypeStruct((clips,), jnp.int32)
     arguments = network.shapes(), z, t, _conditions(config, z, t)
 
     def loss(network: Network, *arguments: Any) -> tuple[jax.Array, None]:
@@ -301,7 +303,7 @@ def _passes(config: DenoiserConfig) -> Iterator[tuple[str, Callable, tuple[Any, 
 
 def _conditions(config: DenoiserConfig, z: Any, t: Any) -> Conditions:
     """Shapes of all that the network may be told."""
-    text = (1, TEXT_TOKENS, config.text_features)
+    text = (z.shape[0], TEXT_TOKENS, config.text_features)
     mask = jax.ShapeDtypeStruct(z.shape[:-1], jnp.bool_)
     return Conditions(
         label=t if config.num_classes else None,

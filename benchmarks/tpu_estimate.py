@@ -12,6 +12,7 @@ not hide are not in them.
 
 import argparse
 import dataclasses
+import functools
 import importlib.util
 import math
 import os
@@ -31,6 +32,7 @@ from walt_jax.errors import UserError
 
 NOTE = "estimates by the TPU compiler, not readings from a chip"
 KERNEL_SECONDS = 900.0  # the walk of a kernel grows with its grid; beyond this it stays unpriced
+_COLLECTIVES = ("all-", "reduce-scatter", "collective-")
 _KERNEL = 'custom_call_target="tpu_custom_call"'
 
 
@@ -64,6 +66,8 @@ class Estimate:
       instructions: cycles of each instruction, likewise; kernels among them.
       kernels: cycles of the Pallas kernels among them.
       unpriced: Pallas kernels whose walk failed or took too long; `cycles` lacks them.
+      kinds: cycles of "kernels", "products", "copies", "collectives" and "the rest".
+      moved: bytes that collectives give, by operation.
       arguments, outputs, temporaries: bytes of HBM.
     """
 
@@ -71,6 +75,8 @@ class Estimate:
     instructions: dict[str, int]
     kernels: int
     unpriced: tuple[str, ...]
+    kinds: dict[str, int]
+    moved: dict[str, int]
     arguments: int
     outputs: int
     temporaries: int
@@ -93,24 +99,64 @@ def estimate(
       ValueError: a loop without a constant bound.
     """
     exported = jax.export.export(jax.jit(function), platforms=["tpu"])(*arguments)
-    compiled = _compile(exported, chip)
-    counts = _Program(compiled.as_text()).counts()
+    price = functools.partial(_price_kernels, exported, chip) if walk else lambda kernels: {}
+    return of_compiled(_compile(exported, chip), price)
+
+
+def of_compiled(
+    compiled: jax.stages.Compiled, price: Callable[[dict[str, "Instruction"]], dict[str, int]]
+) -> Estimate:
+    """Adds up a compiled program, for each device.
+
+    Args:
+      compiled: for TPUs.
+      price: cycles of Pallas kernels, by name; those that it leaves out stay unpriced.
+
+    Raises:
+      ValueError: a loop without a constant bound.
+    """
+    program = _Program(compiled.as_text())
+    counts = program.counts()
     kernels = {i.name: i for i in counts if i.is_kernel}
-    priced = _price_kernels(exported, chip, kernels) if walk else {}
-    cycles = {i.name: n * priced.get(i.name, i.cycles) for i, n in counts.items()}
+    priced = price(kernels)
+    cycles: Counter[str] = Counter()
+    kinds: Counter[str] = Counter()
+    moved: Counter[str] = Counter()
+    for i, times in counts.items():
+        kind = program.kind(i)
+        cycles[i.name] = times * priced.get(i.name, i.cycles)
+        kinds[kind] += cycles[i.name]
+        if kind == "collectives":
+            moved[i.operation.removesuffix("-start")] += times * i.bytes
     memory = compiled.memory_analysis()
     return Estimate(
-        cycles=sum(cycles.values()),
+        cycles=cycles.total(),
         instructions={name: c for name, c in cycles.items() if c},
-        kernels=sum(c for name, c in cycles.items() if name in kernels),
+        kernels=kinds["kernels"],
         unpriced=tuple(name for name in kernels if name not in priced),
+        kinds={name: c for name, c in kinds.most_common() if c},
+        moved=dict(moved.most_common()),
         arguments=memory.argument_size_in_bytes,
         outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
     )
 
 
-def _compile(exported: jax.export.Exported, chip: str) -> jax.stages.Compiled:
+def devices(topology: str) -> list[jax.Device]:
+    """Those of "v5e:4x4", which need not be there.
+
+    Raises:
+      UserError: the TPU compiler is not installed, or there is no such topology.
+    """
+    _load_compiler()
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as e:
+        raise UserError(f"No TPU topology {topology!r}, such as v5e:4x4: {e}") from e
+    return found.devices
+
+
+def _load_compiler() -> None:
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
             'The TPU compiler is missing: pip install "jax[tpu]" (Linux on x86-64; no TPU is '
@@ -122,8 +168,10 @@ def _compile(exported: jax.export.Exported, chip: str) -> jax.stages.Compiled:
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip].topology)
-    device = jax.sharding.SingleDeviceSharding(topology.devices[0])
+
+
+def _compile(exported: jax.export.Exported, chip: str) -> jax.stages.Compiled:
+    device = jax.sharding.SingleDeviceSharding(devices(CHIPS[chip].topology)[0])
     shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device) for a in exported.in_avals]
     args, kwargs = jax.tree.unflatten(exported.in_tree, shapes)
     lowered = jax.jit(exported.call).lower(*args, **kwargs)
@@ -136,7 +184,7 @@ def _compile(exported: jax.export.Exported, chip: str) -> jax.stages.Compiled:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Instruction:
+class Instruction:
     """A line of HLO, `%name = text`."""
 
     name: str
@@ -150,6 +198,22 @@ class _Instruction:
     def cycles(self) -> int:
         found = re.search(r'"estimated_cycles":"(\d+)"', self.text)
         return int(found[1]) if found else 0
+
+    @property
+    def operation(self) -> str:
+        """`fusion` of `%name = f32[8]{0} fusion(...)`."""
+        found = re.search(r"[\])}] ([a-z][\w\-]*)\(", self.text)
+        return found[1] if found else ""
+
+    @property
+    def bytes(self) -> int:
+        """Of the result; of a pair, as an asynchronous start gives, of its last array."""
+        result = self.text.split(f" {self.operation}(")[0]
+        arrays = re.findall(r"\b([a-z]+)(\d+)\w*\[([\d,]*)\]", result)
+        if not arrays:
+            return 0
+        _, bits, sizes = arrays[-1]
+        return int(bits) // 8 * math.prod(int(n) for n in sizes.split(",") if n)
 
     @property
     def kernel(self) -> str:
@@ -166,21 +230,35 @@ class _Program:
     """The computations of a scheduled HLO module, by name."""
 
     def __init__(self, text: str) -> None:
-        self.computations: dict[str, list[_Instruction]] = {}
+        self.computations: dict[str, list[Instruction]] = {}
         for line in text.splitlines():
             if header := re.match(r"(ENTRY )?%([\w.\-]+) \(.*\{$", line):
                 body = self.computations[header[2]] = []
                 if header[1]:
                     self.entry = header[2]
             elif found := re.match(r"  (?:ROOT )?%([\w.\-]+) = (.*)", line):
-                body.append(_Instruction(found[1], found[2]))
+                body.append(Instruction(found[1], found[2]))
 
-    def counts(self) -> Counter[_Instruction]:
+    def kind(self, instruction: Instruction) -> str:
+        """One of Estimate.kinds."""
+        operation = instruction.operation
+        if instruction.is_kernel:
+            return "kernels"
+        if operation.startswith(_COLLECTIVES):
+            return "collectives"
+        if operation.startswith(("copy", "transpose")):
+            return "copies"
+        inside = [i for name in instruction.called("calls") for i in self.computations[name]]
+        if any(i.operation in ("convolution", "dot") for i in [instruction, *inside]):
+            return "products"
+        return "the rest"
+
+    def counts(self) -> Counter[Instruction]:
         """How often each priced instruction runs; of a conditional, the costliest branch."""
         return self._counts(self.entry, 1)
 
-    def _counts(self, computation: str, times: int) -> Counter[_Instruction]:
-        out: Counter[_Instruction] = Counter()
+    def _counts(self, computation: str, times: int) -> Counter[Instruction]:
+        out: Counter[Instruction] = Counter()
         for instruction in self.computations[computation]:
             if " while(" in instruction.text:
                 trips = times * self._trips(instruction)
@@ -196,7 +274,7 @@ class _Program:
                 out[instruction] += times
         return out
 
-    def _trips(self, loop: _Instruction) -> int:
+    def _trips(self, loop: Instruction) -> int:
         condition = self.computations[loop.called("condition")[0]]
         constants = {
             i.name: int(c[1]) for i in condition if (c := re.search(r" constant\((\d+)\)", i.text))
@@ -212,7 +290,7 @@ _PRICES: dict[tuple[str, str], int | None] = {}
 
 
 def _price_kernels(
-    exported: jax.export.Exported, chip: str, kernels: dict[str, _Instruction]
+    exported: jax.export.Exported, chip: str, kernels: dict[str, Instruction]
 ) -> dict[str, int]:
     """Cycles by name; kernels that failed are left out."""
     with tempfile.TemporaryDirectory() as folder:

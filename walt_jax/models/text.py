@@ -10,6 +10,7 @@ from flax import nnx
 
 from walt_jax.errors import UserError
 from walt_jax.models.denoiser.layers import Affine, Attention, linear
+from walt_jax.parallel import Layout
 
 _FULL = (0, 0, 0)
 
@@ -58,11 +59,16 @@ class ByteEncoder(nnx.Module):
         self.layers = nnx.List([_Layer(config, rngs) for _ in range(config.num_layers)])
         self.norm = Affine(config.width, rngs)
 
-    def __call__(self, text: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def __call__(
+        self,
+        text: jax.Array,
+        layout: Layout = Layout(),  # noqa: B008
+    ) -> tuple[jax.Array, jax.Array]:
         """Encodes.
 
         Args:
           text: uint8 (B, M), bytes; 0 is padding.
+          layout: where activations lie on the mesh.
 
         Returns:
           Tokens (B, M, width), and bool (B, M), False where a token is padding.
@@ -80,7 +86,7 @@ class ByteEncoder(nnx.Module):
         x = self.byte_embedding[...][text.astype(jnp.int32)] + self.place_embedding[...][:length]
         x = x.astype(self.config.dtype)[:, None, None]  # a sequence as a grid of one row
         for layer in self.layers:
-            x = layer(x, mask[:, None, None])
+            x = layer(x, mask[:, None, None], layout)
         return self.norm(x)[:, 0, 0], mask
 
 
@@ -103,6 +109,6 @@ class _Layer(nnx.Module):
         self.up = linear(width, 4 * width, dtype, rngs)
         self.down = linear(4 * width, width, dtype, rngs)
 
-    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        x = x + self.attention(self.norms[0](x), segment_ids=mask.astype(jnp.int32))
+    def __call__(self, x: jax.Array, mask: jax.Array, layout: Layout) -> jax.Array:
+        x = x + self.attention(self.norms[0](x), layout, segment_ids=mask.astype(jnp.int32))
         return x + self.down(nnx.gelu(self.up(self.norms[1](x))))

@@ -25,7 +25,7 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"", P()),
 )
 BATCH = P(("data", "fsdp"))
-_TOKENS = P(("data", "fsdp"), None, "context")
+TOKENS = P(("data", "fsdp"), None, "context")
 _PIXELS = P(("data", "fsdp"), None, "context", "tensor")
 
 
@@ -37,10 +37,12 @@ def path_of(path: Sequence[Any]) -> str:
 def fit(spec: P, shape: Sequence[int], mesh: Mesh) -> P:
     """Aligns a spec with the trailing axes and drops mesh axes that do not divide an axis."""
     entries = (None,) * (len(shape) - len(spec)) + tuple(spec)[max(0, len(spec) - len(shape)) :]
-    return _divisible(entries, shape, mesh)
+    return divisible(entries, shape, mesh)
 
 
-def _divisible(entries: Sequence[Any], shape: Sequence[int], mesh: Mesh) -> P:
+def divisible(entries: Sequence[Any], shape: Sequence[int], mesh: Mesh) -> P:
+    """The spec of these entries, None where their mesh axes do not divide the array's."""
+
     def size(entry: Any) -> int:
         axes = (entry,) if isinstance(entry, str) else tuple(entry or ())
         return math.prod(mesh.shape[a] for a in axes)
@@ -80,7 +82,7 @@ class Layout:
 
     def tokens(self, x: jax.Array) -> jax.Array:
         """Pins a transformer's (B, T, H, W, D): batch over data and fsdp, rows over context."""
-        return self._pin(x, _TOKENS)
+        return self._pin(x, TOKENS)
 
     def pixels(self, x: jax.Array) -> jax.Array:
         """Pins a convolution's (B, T, H, W, C): as tokens, and columns over tensor."""
@@ -106,7 +108,7 @@ class Layout:
         """
         if self.mesh is None:
             return function(clips, shared)
-        spec = _divisible(BATCH, jax.tree.leaves(clips)[0].shape, self.mesh)
+        spec = divisible(BATCH, jax.tree.leaves(clips)[0].shape, self.mesh)
         return jax.shard_map(
             function, mesh=self.mesh, in_specs=(spec, P()), out_specs=spec, check_vma=False
         )(clips, shared)
@@ -115,7 +117,7 @@ class Layout:
         if self.mesh is None:
             return x
         entries = tuple(spec) + (None,) * (x.ndim - len(spec))
-        sharding = NamedSharding(self.mesh, _divisible(entries, x.shape, self.mesh))
+        sharding = NamedSharding(self.mesh, divisible(entries, x.shape, self.mesh))
         return jax.lax.with_sharding_constraint(x, sharding)
 
     def gather(self, params: PyTree, dtype: jnp.dtype, keep: Sequence[str] = ()) -> PyTree:

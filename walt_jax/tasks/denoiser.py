@@ -261,7 +261,7 @@ class DenoiserTask(Task, name="denoiser"):
             keys.shape[0], min(0.05, self.low_noise) if low_noise is None else low_noise
         )
         said, scales = wanted.steps(self.model.num_classes, guidance, given_guidance)
-        told = [self._conditions(params, w, keys, share) for w in said]
+        told = [self._conditions(params, w, keys, share, layout) for w in said]
 
         def predict(
             x: jax.Array, t: jax.Array, estimate: jax.Array, conditions: Conditions
@@ -320,12 +320,17 @@ class DenoiserTask(Task, name="denoiser"):
         )
 
     def _conditions(
-        self, params: PyTree, wanted: Wanted, keys: jax.Array, low_noise: jax.Array
+        self,
+        params: PyTree,
+        wanted: Wanted,
+        keys: jax.Array,
+        low_noise: jax.Array,
+        layout: Layout,
     ) -> Conditions:
         """What the network is told; `low_noise` (B,) is the share of time of the noise on `low`."""
         text = mask = low = low_time = None
         if wanted.text is not None:
-            text, mask = self.text_network.bind(params[TEXT])(wanted.text)
+            text, mask = self.text_network.bind(params[TEXT])(wanted.text, layout)
         if wanted.low is not None:
             process = self.diffusion.process
             low_time = low_noise * (process.num_timesteps - 1)
@@ -362,7 +367,7 @@ class DenoiserTask(Task, name="denoiser"):
         """The loss of each clip; `told` bool (B,), which are told the network's own estimate."""
         eps = standard_normal(keys, x0.shape[1:])
         x_t = self.diffusion.add_noise(x0, eps, t)
-        conditions = self._conditions(params, wanted, keys, low_noise)
+        conditions = self._conditions(params, wanted, keys, low_noise, layout)
         if self.model.self_conditioning and self.self_conditioning > 0:
             fixed = jax.lax.stop_gradient((params, conditions))
             guess = self._predict(fixed[0], x_t, t, fixed[1], layout)

@@ -19,15 +19,14 @@ from walt_jax import config as config_lib
 from walt_jax.data.pipeline import Joint, Pipeline
 from walt_jax.data.records import Dataset, open_dataset
 from walt_jax.errors import UserError
-from walt_jax.parallel import Layout, describe, make_mesh, state_shardings
+from walt_jax.parallel import describe, make_mesh
 from walt_jax.parallel.sharding import batch_sharding, place, replicated
 from walt_jax.tasks import to_uint8
 from walt_jax.training import metrics as metrics_lib
 from walt_jax.training.checkpoints import Checkpoints, Progress
 from walt_jax.training.experiment import Experiment
-from walt_jax.training.flops import gradient_flops
-from walt_jax.training.optimizers import make_optimizer, make_schedule
-from walt_jax.training.state import TrainState, train_step
+from walt_jax.training.program import Program
+from walt_jax.training.state import TrainState
 
 logger = logging.getLogger(__name__)
 PyTree = Any
@@ -73,15 +72,9 @@ class _Run:
         self, experiment: Experiment, workdir: str | Path, mesh: Mesh, *, quiet: bool
     ) -> None:
         self.experiment, self.workdir, self.mesh, self.quiet = experiment, workdir, mesh, quiet
-        self.task, self.layout = experiment.task, Layout(mesh)
+        self.program = Program(experiment, mesh)
+        self.task, self.layout = self.program.task, self.program.layout
         self.batch_sharding = batch_sharding(mesh)
-        shards = mesh.shape["data"] * mesh.shape["fsdp"]
-        for name in ("batch_size", "image_batch_size"):
-            if (size := getattr(experiment, name)) % shards:
-                raise UserError(
-                    f"config.{name}={size} must be a multiple of the {shards} devices of the data "
-                    "and fsdp axes."
-                )
         dataset = open_dataset(experiment.data.path)
         make = functools.partial(Pipeline, dataset, batch_size=experiment.batch_size)
         self.data = make(experiment.data, seed=experiment.seed, split="train")
@@ -99,19 +92,10 @@ class _Run:
         self.prepared = self.task.prepare(str(workdir), *datasets)
         self.frozen = place(self.prepared, jax.tree.map(lambda _: replicated(mesh), self.prepared))
         self.key = place(np.asarray(experiment.seed, np.uint32), replicated(mesh))
-        self.optimizer = make_optimizer(
-            experiment.optimizer, experiment.num_steps, self.task.starts
-        )
-        self.create = functools.partial(TrainState.create, self.task, self.optimizer)
-        shapes = jax.eval_shape(self.create, jax.random.key(0))
-        self.shardings = state_shardings(shapes, mesh)
-        self.abstract = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.shardings
-        )
         if jax.process_index() == 0:
             epath.Path(workdir).mkdir(parents=True, exist_ok=True)
             _write_about(epath.Path(workdir), dataset, experiment.data.fps)
-            lines = describe(self.shardings.params, shapes.params)
+            lines = describe(self.program.shardings.params, self.program.abstract.params)
             (epath.Path(workdir) / SHARDINGS).write_text("\n".join(lines) + "\n")
 
     def say(self, text: str) -> None:
@@ -123,53 +107,20 @@ class _Run:
         """Restores the newest checkpoint, or draws a fresh state."""
         if checkpoints.latest is not None:
             self.say(f"goes on from step {checkpoints.latest}")
-            return checkpoints.restore(self.abstract)
-        total = sum(x.size for x in jax.tree.leaves(self.abstract.params))
+            return checkpoints.restore(self.program.abstract)
+        total = sum(x.size for x in jax.tree.leaves(self.program.abstract.params))
         shape = " x ".join(f"{axis} {n}" for axis, n in self.mesh.shape.items())
         self.say(f"{total:,} parameters on {shape} (how they lie: {self.workdir}/{SHARDINGS})")
-        create = jax.jit(
-            lambda seed, given: self.create(jax.random.key(seed), given),
-            out_shardings=self.shardings,
-        )
-        given = self.task.given_params()
-        given = place(given, {name: self.shardings.params[name] for name in given})
-        return create(self.key, given), Progress()
-
-    def _step_flops(self, batch: PyTree) -> float:
-        """Model FLOPs of a step, forward and backward."""
-        task, state = self.task.plain(), self.abstract
-
-        def loss(params: PyTree, extra: PyTree, frozen: PyTree, batch: PyTree) -> PyTree:
-            key, step = jax.random.key(0), np.zeros((), np.int32)
-            return task.loss(params, extra, frozen, batch, key, step, Layout())
-
-        return gradient_flops(loss, state.params, state.extra, self.frozen, batch)
+        return self.program.create(self.key), Progress()
 
     def compile_steps(self) -> dict[Shape, tuple[Any, float]]:
         """The training step of every bucket: shapes -> (executable, model FLOPs)."""
-        step = functools.partial(
-            train_step,
-            task=self.task,
-            optimizer=self.optimizer,
-            config=self.experiment.optimizer,
-            schedule=make_schedule(self.experiment.optimizer, self.experiment.num_steps),
-            layout=self.layout,
-        )
-        jitted = jax.jit(
-            lambda state, frozen, batch, seed: step(state, frozen, batch, jax.random.key(seed)),
-            donate_argnums=0,
-            out_shardings=(self.shardings, replicated(self.mesh)),
-        )
         compiled = {}
         for shapes in self.data.shapes():
-            batch = {
-                k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=self.batch_sharding)
-                for k, v in shapes.items()
-            }
             began = time.monotonic()
-            lowered = jitted.lower(self.abstract, self.frozen, batch, self.key)
-            compiled[_shape(batch)] = lowered.compile(), self._step_flops(batch)
-            self.say(f"compiled {_shape(batch)[-1]} in {time.monotonic() - began:.0f} s")
+            executable = self.program.lower(self.frozen, shapes).compile()
+            compiled[_shape(shapes)] = executable, self.program.flops(self.frozen, shapes)
+            self.say(f"compiled {_shape(shapes)[-1]} in {time.monotonic() - began:.0f} s")
         return compiled
 
     def steps(self, checkpoints: Checkpoints, claim: Callable[[], None]) -> dict[str, float]:

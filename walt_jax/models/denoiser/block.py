@@ -152,7 +152,7 @@ class Layer(nnx.Module):
         self.up = linear(width, mlp_width, dtype, rngs)
         self.down = linear(mlp_width, width, dtype, rngs)
 
-    def __call__(self, x: jax.Array, context: Context) -> jax.Array:
+    def __call__(self, x: jax.Array, context: Context, layout: Layout) -> jax.Array:
         config, cross = self.config, self.config.cross_attention
         branches = self._branches(context, x.dtype)
         seen = {"image": context.image, "segment_ids": context.segment_ids}
@@ -162,12 +162,12 @@ class Layer(nnx.Module):
                 norm = _as_it_is
             else:
                 norm, gate = next(branches)
-            x = x + gate(attention(norm(x), **seen))
+            x = x + gate(attention(norm(x), layout, **seen))
         if self.cross is not None:
             plain = layer_norm if cross.norm == "plain" else _as_it_is
             norm, gate = next(branches) if cross.norm == "modulated" else (plain, _as_it_is)
             memory = context.memory_BMD, context.memory_mask_BM
-            x = x + gate(self.cross(norm(x), *memory, **seen))
+            x = x + gate(self.cross(norm(x), *memory, layout, **seen))
         norm, gate = next(branches)
         return x + gate(self.down(gelu(self.up(norm(x)))))
 
@@ -207,7 +207,7 @@ class Group(nnx.Module):
         if self.skip is not None:
             x = self.skip(jnp.concatenate([x, skip], axis=-1))
         for layer in self.layers:
-            x = layout.tokens(layer(x, context))
+            x = layout.tokens(layer(x, context, layout))
         return x
 
 

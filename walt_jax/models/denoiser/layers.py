@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from walt_jax.kernels import ExtraKv, resolve_window, window_attention
+from walt_jax.kernels import ExtraKv, resolve_window
 from walt_jax.kernels.window_attention import Window
+from walt_jax.parallel import Layout, sharded_attention
 
 _kernel_init = nnx.initializers.xavier_uniform()
 _zeros = nnx.initializers.zeros
@@ -204,7 +205,12 @@ class Attention(nnx.Module):
         )
 
     def __call__(
-        self, x: jax.Array, *, image: bool = False, segment_ids: jax.Array | None = None
+        self,
+        x: jax.Array,
+        layout: Layout = Layout(),  # noqa: B008
+        *,
+        image: bool = False,
+        segment_ids: jax.Array | None = None,
     ) -> jax.Array:
         """x (B, T, H, W, D); `image` where it is one frame of the grid that this was built for."""
         passes = [image and self.image_identity and window[0] != 1 for window in self.windows]
@@ -224,7 +230,8 @@ class Attention(nnx.Module):
             if self.biases is not None:
                 bias = self.biases[i](resolve_window(x.shape[1:4], window))
             outs.append(
-                window_attention(
+                sharded_attention(
+                    layout.mesh,
                     *qkv,
                     num_heads=self.share,
                     window=window,
@@ -276,6 +283,7 @@ class CrossAttention(nnx.Module):
         x: jax.Array,
         memory_BMD: jax.Array,
         mask_BM: jax.Array,
+        layout: Layout = Layout(),  # noqa: B008
         *,
         image: bool = False,
         segment_ids: jax.Array | None = None,
@@ -283,7 +291,8 @@ class CrossAttention(nnx.Module):
         """x (B, T, H, W, D) reads the memory where its mask is True."""
         q = self.q(x) if self.norm is None else self.norm.queries(self.q(x))
         k, v = self._keys(x) if self.queries else (None, None)
-        out = window_attention(
+        out = sharded_attention(
+            layout.mesh,
             q,
             k,
             v,

@@ -1,0 +1,97 @@
+"""Window attention on a mesh: whole windows on each device, or whole frames of some heads."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from walt_jax.errors import UserError
+from walt_jax.kernels import ExtraKv, resolve_window, window_attention
+from walt_jax.parallel.sharding import TOKENS, divisible
+
+
+def sharded_attention(
+    mesh: Mesh | None,
+    q: jax.Array,
+    k: jax.Array | None = None,
+    v: jax.Array | None = None,
+    *,
+    num_heads: int,
+    window: Sequence[int],
+    bias: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    extra_kv: ExtraKv | None = None,
+    **options: Any,
+) -> jax.Array:
+    """`window_attention` of arrays that lie on a mesh as `Layout.tokens` says.
+
+    Samples are divided over `data` and `fsdp`, heads over `tensor`, rows of the grid over
+    `context`. Where the windows do not lie within a device's rows, rows are exchanged for heads
+    before the attention and back after it, by one all-to-all each way.
+
+    Raises:
+      UserError: `tensor` does not divide the heads; or a window has rows on several devices and
+        `context` does not divide the heads that are left.
+    """
+    if mesh is None or mesh.size == 1:
+        given = {"bias": bias, "segment_ids": segment_ids, "extra_kv": extra_kv}
+        return window_attention(q, k, v, num_heads=num_heads, window=window, **given, **options)
+    entries = tuple(divisible((*TOKENS, None, "tensor"), q.shape, mesh))
+    block = resolve_window(q.shape[1:4], window)
+    rows = q.shape[2] // (1 if entries[2] is None else mesh.shape["context"])
+    if k is None:  # each token for itself
+        block = (1, rows, q.shape[3])
+    exchanged = rows % block[1] != 0
+    by_head = ("tensor", "context") if exchanged else ("tensor",)
+    sizes = [mesh.shape[axis] for axis in by_head]
+    if num_heads % math.prod(sizes):
+        raise UserError(_misfit(num_heads, window, rows, *sizes))
+
+    tokens, batch = P(*entries), entries[0]
+    memory = P(batch, None, by_head)
+    operands = (q, k, v), bias, segment_ids, extra_kv
+    specs = (
+        tokens,
+        P(by_head),
+        P(batch) if exchanged else P(*entries[:4]),
+        extra_kv and ExtraKv(memory, memory, P(batch)),
+    )
+
+    def local(qkv: Any, bias: Any, segment_ids: Any, extra_kv: Any) -> jax.Array:
+        out = window_attention(
+            *(_to_heads(qkv) if exchanged else qkv),
+            num_heads=num_heads // math.prod(sizes),
+            window=block,
+            bias=bias,
+            segment_ids=segment_ids,
+            extra_kv=extra_kv,
+            **options,
+        )
+        if exchanged:
+            out = jax.lax.all_to_all(out, "context", split_axis=2, concat_axis=4, tiled=True)
+        return out
+
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=tokens, check_vma=False)(
+        *operands
+    )
+
+
+def _to_heads(qkv: Sequence[jax.Array]) -> Sequence[jax.Array]:
+    """Some rows of all heads to all rows of some heads, for the three together."""
+    joined = jnp.stack(qkv, axis=4)
+    joined = jax.lax.all_to_all(joined, "context", split_axis=5, concat_axis=2, tiled=True)
+    return [joined[..., i, :] for i in range(3)]
+
+
+def _misfit(num_heads: int, window: Sequence[int], rows: int, tensor: int, context: int = 1) -> str:
+    if num_heads % tensor:
+        return f"config.mesh.tensor {tensor} does not divide {num_heads} heads of attention."
+    return (
+        f"The window {tuple(window)} has more than the {rows} rows of tokens that a device has "
+        f"with config.mesh.context {context}, and {context} does not divide the "
+        f"{num_heads // tensor} heads either: choose a context that divides one of them."
+    )
