@@ -30,26 +30,28 @@ def resolve_window(grid: Sequence[int], window: Sequence[int]) -> Window:
 
 
 def to_windows(x_BTHWD: jax.Array, block: Window, num_heads: int) -> jax.Array:
-    """(B, T, H, W, D) to (B, heads, N, L, K): L tokens in (t, h, w) order in each of N windows."""
+    """(B, T, H, W, D) to (B, N, heads, L, K): L tokens in (t, h, w) order in each of N windows."""
     b, t, h, w, d = x_BTHWD.shape
     wt, wh, ww = block
-    x = x_BTHWD.reshape(b, t // wt, wt, h // wh, wh, w // ww, ww, num_heads, d // num_heads)
-    x = x.transpose(0, 7, 1, 3, 5, 2, 4, 6, 8)
-    return x.reshape(b, num_heads, -1, wt * wh * ww, d // num_heads)
+    x = x_BTHWD.reshape(b, t // wt, wt, h // wh, wh, w // ww, ww, d)
+    x = x.transpose(0, 1, 3, 5, 2, 4, 6, 7)
+    # Two transpositions: a single one keeps the TPU's compiler from merging the second into the
+    # products, and is no faster on CPUs.
+    return x.reshape(b, -1, wt * wh * ww, num_heads, d // num_heads).swapaxes(2, 3)
 
 
-def from_windows(x_BHNLK: jax.Array, grid: Sequence[int], block: Window) -> jax.Array:
+def from_windows(x_BNHLK: jax.Array, grid: Sequence[int], block: Window) -> jax.Array:
     """The inverse of `to_windows`."""
-    b, num_heads = x_BHNLK.shape[:2]
+    b = x_BNHLK.shape[0]
     (t, h, w), (wt, wh, ww) = grid, block
-    x = x_BHNLK.reshape(b, num_heads, t // wt, h // wh, w // ww, wt, wh, ww, -1)
-    return x.transpose(0, 2, 5, 3, 6, 4, 7, 1, 8).reshape(b, t, h, w, -1)
+    x = x_BNHLK.swapaxes(2, 3).reshape(b, t // wt, h // wh, w // ww, wt, wh, ww, -1)
+    return x.transpose(0, 1, 4, 2, 5, 3, 6, 7).reshape(b, t, h, w, -1)
 
 
 def visible(
     block: Window, causal: bool | int, segment_ids: jax.Array | None
 ) -> jax.Array | np.ndarray | None:
-    """What a token sees of its own window: bool, to broadcast to (B, H, N, L, L); None is all.
+    """What a token sees of its own window: bool, to broadcast to (B, N, H, L, L); None is all.
 
     Args:
       block: the window, without zeros.
@@ -62,8 +64,8 @@ def visible(
         age = frame[:, None] - frame[None]
         mask = (age >= 0) & (age < (block[0] if causal is True else causal))
     if segment_ids is not None:
-        ids_BHNL = to_windows(segment_ids[..., None], block, 1)[..., 0]
-        same = ids_BHNL[..., :, None] == ids_BHNL[..., None, :]
+        ids_BNHL = to_windows(segment_ids[..., None], block, 1)[..., 0]
+        same = ids_BNHL[..., :, None] == ids_BNHL[..., None, :]
         mask = same if mask is None else same & mask
     return mask
 
@@ -74,15 +76,3 @@ def without_padding(extra_kv: Extra) -> Extra:
     if mask_BE is None:
         return extra_kv
     return *(jnp.where(mask_BE[..., None], x, 0) for x in (k_BED, v_BED)), mask_BE
-
-
-def extra_heads(x_BED: jax.Array, num_heads: int) -> jax.Array:
-    """(B, E, D) to (B, heads, E, K)."""
-    b, length, d = x_BED.shape
-    return x_BED.reshape(b, length, num_heads, d // num_heads).transpose(0, 2, 1, 3)
-
-
-def extra_mask(extra_kv: Extra) -> jax.Array | None:
-    """Who of the extra keys is no padding: bool (B, 1, 1, 1, E); None is all."""
-    mask_BE = extra_kv[2]
-    return None if mask_BE is None else mask_BE[:, None, None, None]

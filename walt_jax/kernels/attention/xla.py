@@ -1,7 +1,6 @@
 """Window attention in plain XLA, for CPUs and wherever no kernel fits.
 
-The weights are normalised after their product with the values, so that one array of a window's
-(L, L) is kept for the gradient instead of three.
+For the gradient the softmax keeps its result alone, one array of (L, L) a window and head.
 """
 
 import functools
@@ -14,8 +13,6 @@ from walt_jax.kernels.attention.windows import (
     Extra,
     Scales,
     Window,
-    extra_heads,
-    extra_mask,
     from_windows,
     to_windows,
     visible,
@@ -23,7 +20,6 @@ from walt_jax.kernels.attention.windows import (
 )
 
 EPS = 1e-6  # of the norm of queries and keys
-_MASKED, _LEAST = -1e30, -1e29  # finite, so that a row without keys has no NaN
 
 
 def attention(
@@ -46,22 +42,29 @@ def attention(
         q, k, extra_kv = normed(q, k, extra_kv, qk_scales, num_heads)
     grid = q.shape[1:4]
     if k is None:
-        block = grid  # where no token sees another there is nothing to cut out
-    scale = (q.shape[-1] // num_heads) ** -0.5
-    q_BHNLK = to_windows(q * scale, block, num_heads)
-    parts = []
+        block = grid  # no token sees another: there is nothing to cut out
+    q_BNHLK = to_windows(q, block, num_heads)
+    logits, masks, values = [], [], []
     if k is not None:
-        k_BHNMK, v_BHNMK = (to_windows(x, block, num_heads) for x in (k, v))
-        logits = _logits("BHNLK,BHNMK->BHNLM", q_BHNLK, k_BHNMK)
+        k_BNHMK, v_BNHMK = (to_windows(x, block, num_heads) for x in (k, v))
+        logits_BNHLM = _logits("BNHLK,BNHMK->BNHLM", q_BNHLK, k_BNHMK)
         if bias is not None:
-            logits += bias[:, None].astype(jnp.float32)
-        logits = _masked(logits, visible(block, causal, segment_ids))
-        parts.append((logits, v_BHNMK, "BHNLM,BHNMK->BHNLK"))
+            logits_BNHLM += bias.astype(jnp.float32)
+        logits.append(logits_BNHLM)
+        masks.append(visible(block, causal, segment_ids))
+        values.append(("BNHLM,BNHMK->BNHLK", v_BNHMK))
     if extra_kv is not None:
-        k_BHEK, v_BHEK = (extra_heads(x, num_heads) for x in extra_kv[:2])
-        logits = _logits("BHNLK,BHEK->BHNLE", q_BHNLK, k_BHEK)
-        parts.append((_masked(logits, extra_mask(extra_kv)), v_BHEK, "BHNLE,BHEK->BHNLK"))
-    return from_windows(_weighted(parts, q.dtype), grid, block)
+        *heads, mask = extra_kv
+        k_BEHK, v_BEHK = (x.reshape(*x.shape[:2], num_heads, -1) for x in heads)
+        logits.append(_logits("BNHLK,BEHK->BNHLE", q_BNHLK, k_BEHK))
+        masks.append(None if mask is None else mask[:, None, None, None])
+        values.append(("BNHLE,BEHK->BNHLK", v_BEHK))
+    weights = jnp.split(_softmax(logits, masks), [logits[0].shape[-1]], axis=-1)
+    out_BNHLK = sum(
+        jnp.einsum(product, weights_BNHLM.astype(q.dtype), v)
+        for weights_BNHLM, (product, v) in zip(weights, values)
+    )
+    return from_windows(out_BNHLK, grid, block)
 
 
 def normed(
@@ -81,42 +84,50 @@ def normed(
 
 
 def head_norm(x: jax.Array, scale_K: jax.Array, num_heads: int) -> jax.Array:
-    """Layer norm of each head of (..., D), without bias, times the scale; in float32.
+    """Layer norm of each head of (..., D) without bias, times the scale; in float32 inside."""
+    return jax.lax.platform_dependent(
+        x,
+        scale_K.astype(jnp.float32),
+        tpu=functools.partial(norm_by_products, num_heads=num_heads),
+        default=functools.partial(norm_by_heads, num_heads=num_heads),
+    )
 
-    Means over a part of the lanes are products with a matrix of ones: TPUs would rather not reshape
-    D into (heads, K).
+
+def norm_by_heads(x: jax.Array, scale_K: jax.Array, num_heads: int) -> jax.Array:
+    """`head_norm` over the last axis of (..., heads, K)."""
+    y = x.astype(jnp.float32).reshape(*x.shape[:-1], num_heads, -1)
+    y -= y.mean(-1, keepdims=True)
+    y *= jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + EPS) * scale_K
+    return y.reshape(x.shape).astype(x.dtype)
+
+
+def norm_by_products(x: jax.Array, scale_K: jax.Array, num_heads: int) -> jax.Array:
+    """`head_norm` for TPUs, where a reshape of D to (heads, K) is a costly move between lanes.
+
+    Means over a head's lanes are products with columns of ones, three bfloat16 passes each.
     """
-    width = scale_K.shape[0]
-    of_head = np.repeat(np.eye(num_heads, dtype=np.float32), width, axis=0)
+    ones_DH = np.repeat(np.eye(num_heads, dtype=np.float32), scale_K.size, axis=0)
 
     def mean(y: jax.Array) -> jax.Array:
-        return jnp.dot(y, of_head / width, precision="highest")
+        return jnp.dot(y, ones_DH / scale_K.size, precision="high")
 
-    def spread(y: jax.Array) -> jax.Array:
-        return jnp.dot(y, of_head.T, precision="highest")
+    def spread(y_H: jax.Array) -> jax.Array:
+        return jnp.dot(y_H, ones_DH.T, precision="high")
 
     y = x.astype(jnp.float32)
     y -= spread(mean(y))
     y *= spread(jax.lax.rsqrt(mean(jnp.square(y)) + EPS))
-    return (y * jnp.tile(scale_K.astype(jnp.float32), num_heads)).astype(x.dtype)
-
-
-def _weighted(parts: list[tuple[jax.Array, jax.Array, str]], dtype: jnp.dtype) -> jax.Array:
-    """Values by the softmax over the logits of all parts together; 0 where all are masked."""
-    tops = [jax.lax.stop_gradient(logits).max(-1, keepdims=True) for logits, *_ in parts]
-    top = functools.reduce(jnp.maximum, tops, _LEAST)
-    total, out = 0.0, 0.0
-    for logits, values, product in parts:
-        weights = jnp.exp(logits - top)
-        total += weights.sum(-1, keepdims=True)
-        weights = weights.astype(dtype)
-        out += jnp.einsum(product, weights, values, preferred_element_type=jnp.float32)
-    return (out / jnp.where(total == 0, 1, total)).astype(dtype)
+    return (y * jnp.tile(scale_K, num_heads)).astype(x.dtype)
 
 
 def _logits(product: str, q: jax.Array, k: jax.Array) -> jax.Array:
-    return jnp.einsum(product, q, k, preferred_element_type=jnp.float32)
+    return jnp.einsum(product, q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
 
 
-def _masked(logits: jax.Array, mask: jax.Array | np.ndarray | None) -> jax.Array:
-    return logits if mask is None else jnp.where(mask, logits, _MASKED)
+def _softmax(logits: list[jax.Array], masks: list[jax.Array | None]) -> jax.Array:
+    """Over the keys of all parts together; masked keys weigh 0, even where all are masked."""
+    joined = jnp.concatenate(logits, axis=-1)
+    if all(mask is None for mask in masks):
+        return jax.nn.softmax(joined)
+    masks = [jnp.broadcast_to(True if m is None else m, x.shape) for m, x in zip(masks, logits)]
+    return jax.nn.softmax(joined, where=jnp.concatenate(masks, axis=-1))
