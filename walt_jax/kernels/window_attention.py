@@ -1,16 +1,21 @@
-"""Attention within blocks of a (T, H, W) grid."""
+"""Attention within blocks of a (T, H, W) grid: the arguments, their checks, the implementations."""
 
+import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from walt_jax.errors import UserError
+from walt_jax.kernels.attention import reference, xla
+from walt_jax.kernels.attention.windows import Window, resolve_window
 
-Window = tuple[int, int, int]
-_MASKED = -1e30  # finite, so that a row without keys has no NaN
+__all__ = ["IMPLEMENTATIONS", "ExtraKv", "Window", "resolve_window", "window_attention"]
+
+_PLAIN = {"reference": reference.attention, "xla": xla.attention}
+IMPLEMENTATIONS = (*_PLAIN, "pallas_tpu", "pallas_gpu")
 
 
 class ExtraKv(NamedTuple):
@@ -26,22 +31,6 @@ class ExtraKv(NamedTuple):
     mask: jax.Array | None = None
 
 
-def resolve_window(grid: Sequence[int], window: Sequence[int]) -> Window:
-    """Replaces 0 by the whole axis and checks that the blocks tile the grid.
-
-    Raises:
-      UserError: an axis of the grid is no multiple of the window's.
-    """
-    full = tuple(g if w == 0 else w for g, w in zip(grid, window))
-    if any(g % w for g, w in zip(grid, full)):
-        fits = ", ".join(f"{axis} a multiple of {w}" for axis, w in zip("THW", window) if w)
-        raise UserError(
-            f"The window {tuple(window)} does not tile the grid {tuple(grid)} of latents: "
-            f"it fits grids with {fits}."
-        )
-    return full
-
-
 def window_attention(
     q: jax.Array,
     k: jax.Array | None = None,
@@ -53,6 +42,7 @@ def window_attention(
     segment_ids: jax.Array | None = None,
     causal: bool | int = False,
     extra_kv: ExtraKv | None = None,
+    qk_norm: tuple[jax.Array, jax.Array] | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """Multi-head attention in which a token sees the tokens of its own block of the grid.
@@ -61,8 +51,9 @@ def window_attention(
     spatiotemporal window of W.A.L.T (2312.06662, section 3.2).
 
     Args:
-      q, k, v: (B, T, H, W, D), D = num_heads x head width; any float dtype. Without k and v the
-        keys are those of `extra_kv` alone: plain cross-attention.
+      q, k, v: (B, T, H, W, D), D = num_heads x head width; any float dtype, all keys and values
+        are cast to q's. Without k and v the keys are those of `extra_kv` alone: plain
+        cross-attention.
       num_heads: heads; each attends by softmax(q k^T / sqrt(head width)).
       window: (wt, wh, ww), the block; 0 means the whole axis.
       bias: (num_heads, L, L) added to the logits, L = tokens in a window in (t, h, w) order; extra
@@ -72,92 +63,116 @@ def window_attention(
       causal: True hides the frames after a token's own; a number n also those before the last n,
         its own being the last. Extra keys are seen by all frames.
       extra_kv: keys and values beside the grid's.
-      implementation: None or "reference".
+      qk_norm: scales (head width,) of queries and keys: layer norm of each head's queries and keys,
+        extra ones too, without bias, eps 1e-6, then times the scale (2302.05442).
+      implementation: one of IMPLEMENTATIONS; None takes the Pallas kernel on TPUs for shapes that
+        it fits, plain XLA elsewhere. "reference" computes in float32. "pallas_gpu" has not been run
+        on a GPU yet, so that it must be asked for.
 
     Returns:
-      (B, T, H, W, D) in q's dtype, 0 for a token that sees no key. The softmax runs in float32.
-      What is hidden gets a gradient of exactly 0.
+      (B, T, H, W, D) in q's dtype, 0 for a token that sees no key. Softmax and norms run in
+      float32. What is hidden gets a gradient of exactly 0.
 
     Raises:
-      UserError: the window does not tile the grid, nothing to attend to, or no such implementation.
+      UserError: the window does not tile the grid, nothing to attend to, arrays of other shapes,
+        no such implementation, or one that does not fit.
     """
-    if implementation not in (None, "reference"):
-        raise UserError(f"No implementation {implementation!r} of window attention: 'reference'.")
+    if implementation not in (None, *IMPLEMENTATIONS):
+        names = ", ".join(repr(name) for name in IMPLEMENTATIONS)
+        raise UserError(f"No implementation {implementation!r} of window attention: {names}.")
+    _check(q, k, v, num_heads, causal, extra_kv)
+    block = resolve_window(q.shape[1:4], window)
+    _check_options(q, num_heads, math.prod(block), k is not None, bias, segment_ids, qk_norm)
+    k, v = (x if x is None else x.astype(q.dtype) for x in (k, v))
+    if extra_kv is not None:
+        extra_k, extra_v, mask = extra_kv
+        mask = mask if mask is None else mask.astype(bool)
+        extra_kv = (extra_k.astype(q.dtype), extra_v.astype(q.dtype), mask)
+    elif math.prod(block) == 1 and implementation is None:
+        return v  # a token that sees itself alone: an image in time
+    inputs = (q, k, v, bias, segment_ids, extra_kv, qk_norm)
+    options = {"num_heads": num_heads, "block": block, "causal": causal}
+    if implementation in _PLAIN:
+        return _PLAIN[implementation](*inputs, **options)
+    return _by_kernel(implementation, inputs, options)
+
+
+def _by_kernel(
+    implementation: str | None, inputs: tuple[jax.Array | tuple | None, ...], options: dict
+) -> jax.Array:
+    """The kernel that was asked for, or the platform's where there is one that fits."""
+    if implementation == "pallas_gpu":
+        from walt_jax.kernels.attention import gpu as kernel
+    else:
+        from walt_jax.kernels.attention import tpu as kernel
+    q, extra_kv = inputs[0], inputs[5]
+    grid, d, block, heads = q.shape[1:4], q.shape[4], options["block"], options["num_heads"]
+    extra = 0 if extra_kv is None else extra_kv[0].shape[1]
+    fits = kernel.fits(grid, d, heads, block, q.dtype, extra=extra)
+    run = functools.partial(kernel.attention, **options)
+    if implementation is None:
+        plain = functools.partial(xla.attention, **options)
+        return (
+            jax.lax.platform_dependent(*inputs, tpu=run, default=plain) if fits else plain(*inputs)
+        )
+    if not fits:
+        raise UserError(
+            f"The implementation {implementation!r} of window attention does not fit windows of "
+            f"{block} tokens on a grid of {grid} with {heads} heads of {d // heads} features in "
+            f"{q.dtype} and {extra} extra keys: 'xla' does, and None chooses by itself."
+        )
+    return run(*inputs)
+
+
+def _check(
+    q: jax.Array,
+    k: jax.Array | None,
+    v: jax.Array | None,
+    num_heads: int,
+    causal: bool | int,
+    extra_kv: ExtraKv | None,
+) -> None:
+    """Queries, keys and values fit together."""
+    if q.ndim != 5 or q.shape[-1] % num_heads:
+        raise UserError(
+            f"Window attention takes q as (B, T, H, W, D), D a multiple of {num_heads} heads; "
+            f"it is {q.shape}."
+        )
     if k is None and extra_kv is None:
         raise UserError("Window attention has no keys: give k and v, or extra_kv.")
-    b, *grid = q.shape[:-1]
-    block = resolve_window(grid, window)
-    q_BNLHK = _to_windows(q, block, num_heads)
-    logits, masks, values = [], [], []
-    if k is not None:
-        k_BNMHK, v_BNMHK = (_to_windows(x, block, num_heads) for x in (k, v))
-        logits_BNHLM = _logits("BNLHK,BNMHK->BNHLM", q_BNLHK, k_BNMHK)
-        if bias is not None:
-            logits_BNHLM = logits_BNHLM + bias.astype(jnp.float32)
-        logits.append(logits_BNHLM)
-        masks.append(_mask(block, causal, segment_ids))
-        values.append(("BNHLM,BNMHK->BNLHK", v_BNMHK))
+    if (k is None) != (v is None):
+        raise UserError("Window attention takes k and v together, or neither.")
+    if causal < 0:
+        raise UserError(f"causal is True, False or a number of frames, not {causal}.")
+    _shaped("k", k, q.shape)
+    _shaped("v", v, q.shape)
     if extra_kv is not None:
-        k_BEHK, v_BEHK, mask = _extra(extra_kv, num_heads)
-        logits.append(_logits("BNLHK,BEHK->BNHLE", q_BNLHK, k_BEHK))
-        masks.append(mask)
-        values.append(("BNHLE,BEHK->BNLHK", v_BEHK))
-    out_BNLHK = 0
-    weights = jnp.split(_softmax(logits, masks), [logits[0].shape[-1]], axis=-1)
-    for weights_BNHLM, (product, v) in zip(weights, values):
-        out_BNLHK += jnp.einsum(product, weights_BNHLM.astype(q.dtype), v)
-    return _from_windows(out_BNLHK, b, grid, block)
+        shape = (q.shape[0], *extra_kv[0].shape[1:2], q.shape[-1])
+        _shaped("extra_kv.k", extra_kv[0], shape)
+        _shaped("extra_kv.v", extra_kv[1], shape)
+        _shaped("extra_kv.mask", extra_kv[2], shape[:2])
 
 
-def _logits(product: str, q: jax.Array, k: jax.Array) -> jax.Array:
-    return jnp.einsum(product, q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+def _check_options(
+    q: jax.Array,
+    num_heads: int,
+    length: int,
+    has_grid_keys: bool,
+    bias: jax.Array | None,
+    segment_ids: jax.Array | None,
+    qk_norm: tuple[jax.Array, jax.Array] | None,
+) -> None:
+    """What is optional fits q and windows of `length` tokens."""
+    if bias is not None and not has_grid_keys:
+        raise UserError("Window attention adds a bias to keys of the grid: give k and v too.")
+    _shaped("bias", bias, (num_heads, length, length))
+    _shaped("segment_ids", segment_ids, q.shape[:4])
+    if segment_ids is not None and not jnp.issubdtype(segment_ids.dtype, jnp.integer):
+        raise UserError(f"segment_ids of window attention are integers, not {segment_ids.dtype}.")
+    for scale in qk_norm or ():
+        _shaped("a scale of qk_norm", scale, (q.shape[-1] // num_heads,))
 
 
-def _softmax(logits: list[jax.Array], masks: list[jax.Array | None]) -> jax.Array:
-    """Over the keys of all parts together; masked keys weigh 0, even where all are masked."""
-    joined = jnp.concatenate(logits, axis=-1)
-    if all(mask is None for mask in masks):
-        return jax.nn.softmax(joined, axis=-1)
-    full = [True if m is None else m for m in masks]
-    mask = jnp.concatenate([jnp.broadcast_to(m, x.shape) for m, x in zip(full, logits)], axis=-1)
-    return jnp.where(mask, jax.nn.softmax(jnp.where(mask, joined, _MASKED), axis=-1), 0.0)
-
-
-def _mask(block: Window, causal: bool | int, segment_ids: jax.Array | None) -> jax.Array | None:
-    """What a token may see of its window, bool, broadcastable to (B, N, H, L, M); None is all."""
-    mask = None
-    if causal:
-        frame = np.repeat(np.arange(block[0]), block[1] * block[2])
-        age = frame[:, None] - frame[None]
-        mask = jnp.asarray((age >= 0) & (age < (block[0] if causal is True else causal)))
-    if segment_ids is not None:
-        ids_BNL = _to_windows(segment_ids[..., None], block, 1)[..., 0, 0]
-        same = (ids_BNL[:, :, :, None] == ids_BNL[:, :, None])[:, :, None]
-        mask = same if mask is None else mask & same
-    return mask
-
-
-def _extra(extra: ExtraKv, num_heads: int) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Keys and values (B, E, H, K), 0 where padded, and the mask (B, 1, 1, 1, E)."""
-    k, v, mask = extra
-    b, length, d = k.shape
-    if mask is not None:
-        mask = mask.astype(bool)
-        k, v = (jnp.where(mask[..., None], x, 0) for x in (k, v))
-        mask = mask[:, None, None, None]
-    k, v = (x.reshape(b, length, num_heads, d // num_heads) for x in (k, v))
-    return k, v, mask
-
-
-def _to_windows(x_BTHWD: jax.Array, block: Window, num_heads: int) -> jax.Array:
-    b, t, h, w, d = x_BTHWD.shape
-    wt, wh, ww = block
-    x = x_BTHWD.reshape(b, t // wt, wt, h // wh, wh, w // ww, ww, d)
-    x = x.transpose(0, 1, 3, 5, 2, 4, 6, 7)
-    return x.reshape(b, -1, wt * wh * ww, num_heads, d // num_heads)
-
-
-def _from_windows(x_BNLHK: jax.Array, b: int, grid: Sequence[int], block: Window) -> jax.Array:
-    (t, h, w), (wt, wh, ww) = grid, block
-    x = x_BNLHK.reshape(b, t // wt, h // wh, w // ww, wt, wh, ww, -1)
-    return x.transpose(0, 1, 4, 2, 5, 3, 6, 7).reshape(b, t, h, w, -1)
+def _shaped(name: str, x: jax.Array | None, shape: Sequence[int]) -> None:
+    if x is not None and x.shape != tuple(shape):
+        raise UserError(f"In window attention {name} is {tuple(shape)}, not {x.shape}.")

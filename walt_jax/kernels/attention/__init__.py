@@ -1,0 +1,1 @@
+"""Implementations of window attention; `walt_jax.kernels.window_attention` chooses among them."""

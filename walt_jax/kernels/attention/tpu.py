@@ -1,0 +1,120 @@
+"""Window attention as Pallas TPU kernels, which read windows where they lie in (B, T, H, W, D)."""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from walt_jax.kernels.attention.tpu_backward import backward
+from walt_jax.kernels.attention.tpu_forward import forward
+from walt_jax.kernels.attention.tpu_heads import LOG2_E, Inputs
+from walt_jax.kernels.attention.tpu_plan import Plan, make_plan
+
+_SUBLANES = 16  # extra keys come in such numbers
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array | None,
+    v: jax.Array | None,
+    bias: jax.Array | None,
+    segment_ids: jax.Array | None,
+    extra_kv: tuple[jax.Array, jax.Array, jax.Array | None] | None,
+    qk_scales: tuple[jax.Array, jax.Array] | None,
+    *,
+    num_heads: int,
+    block: Sequence[int],
+    causal: bool | int,
+    interpret: Any = False,
+) -> jax.Array:
+    """Attention within blocks of the grid; `walt_jax.kernels.window_attention` says of what.
+
+    Args:
+      q: (B, T, H, W, D), bfloat16 or float32.
+      k, v: the same, or None where the extra keys are all.
+      bias: (num_heads, L, L) or None.
+      segment_ids: int (B, T, H, W) or None.
+      extra_kv: k and v (B, M, D) and the mask, bool (B, M) or None.
+      qk_scales: (q_scale, k_scale), each (head width,): queries and all keys are normalised over
+        the width of their head and multiplied by these; None leaves them.
+      num_heads: heads in D.
+      block: the window, no zeros.
+      causal: True hides later frames, a number n also those before the last n.
+      interpret: as of `pallas_call`.
+
+    Returns:
+      (B, T, H, W, D) in q's dtype. Gradients are exact for all but integers and masks.
+    """
+    extra = 0 if extra_kv is None else extra_kv[0].shape[1]
+    padded = -(-extra // _SUBLANES) * _SUBLANES
+    plan = make_plan(
+        q.shape[1:4],
+        q.shape[-1],
+        num_heads,
+        block,
+        extra=padded,
+        frames=block[0] if causal is True else int(causal),
+        has_grid=k is not None,
+    )
+    x = Inputs(q, k, v)
+    if k is not None and bias is not None:
+        x = x._replace(bias=_of_tile(plan, bias))
+    if k is not None and segment_ids is not None:
+        x = x._replace(ids=_in_tiles(plan, segment_ids.astype(jnp.int32)))
+    if extra_kv is not None:
+        x = _with_extra(plan, x, *extra_kv)
+    if qk_scales is not None:
+        scales = (jnp.tile(s.astype(jnp.float32), num_heads)[None] for s in qk_scales)
+        x = x._replace(**dict(zip(("q_scale", "k_scale"), scales)))
+    return _attention(plan, interpret, x)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attention(plan: Plan, interpret: Any, x: Inputs) -> jax.Array:
+    return forward(plan, x, interpret)
+
+
+def _save(plan: Plan, interpret: Any, x: Inputs) -> tuple[jax.Array, Inputs]:
+    return forward(plan, x, interpret), x
+
+
+def _pull(plan: Plan, interpret: Any, x: Inputs, dy: jax.Array) -> tuple[Inputs]:
+    return (backward(plan, x, dy, interpret),)
+
+
+_attention.defvjp(_save, _pull)
+
+
+def _of_tile(plan: Plan, bias: jax.Array) -> jax.Array:
+    """The bias of all windows of a tile, and 0 of extra keys, in powers of 2."""
+    if plan.merged:
+        places = np.stack(np.indices(plan.tile), -1).reshape(-1, 3) % plan.block
+        token = np.ravel_multi_index(places.T, plan.block)
+        bias = bias[:, token][:, :, token]
+    bias = bias.astype(jnp.float32) * LOG2_E
+    return jnp.pad(bias, ((0, 0), (0, 0), (0, plan.extra)))
+
+
+def _in_tiles(plan: Plan, ids: jax.Array) -> jax.Array:
+    (t, h, w), (wt, wh, ww) = plan.grid, plan.tile
+    ids = ids.reshape(-1, t // wt, wt, h // wh, wh, w // ww, ww).transpose(0, 1, 3, 5, 2, 4, 6)
+    return ids.reshape(*ids.shape[:4], plan.length)
+
+
+def _with_extra(
+    plan: Plan, x: Inputs, k: jax.Array, v: jax.Array, mask: jax.Array | None
+) -> Inputs:
+    missing = plan.extra - k.shape[1]
+    if mask is None and not missing:
+        return x._replace(extra_k=k, extra_v=v)
+    mask = jnp.ones(k.shape[:2], bool) if mask is None else mask.astype(bool)
+    k, v = (
+        jnp.pad(jnp.where(mask[..., None], y, 0), ((0, 0), (0, missing), (0, 0))) for y in (k, v)
+    )
+    seen = jnp.pad(mask.astype(jnp.int32), ((0, 0), (0, missing)))
+    seen = jnp.pad(seen, ((0, 0), (plan.keys - plan.extra, 0)), constant_values=1)
+    return x._replace(extra_k=k, extra_v=v, extra_seen=seen)

@@ -1,0 +1,223 @@
+"""The gradients of window attention as a Pallas TPU kernel.
+
+Everything is recomputed from q, k and v. Logits lie (keys, queries): three of the five products
+then need no transposition, and sums over keys are sums of rows.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from walt_jax.kernels.attention.tpu_heads import (
+    LOG2_E,
+    Inputs,
+    ask,
+    dot,
+    grid_and_extra,
+    normalise,
+    powers,
+    quarantine,
+    scales,
+    specs,
+    visible,
+)
+from walt_jax.kernels.attention.tpu_plan import Plan, pipelined
+from walt_jax.kernels.rows import params
+
+Tile = tuple[int, int]
+
+
+def backward(plan: Plan, x: Inputs, dy: jax.Array, interpret: Any = False) -> Inputs:
+    """The gradients of `forward`, None for integers."""
+    batch, d, dtype = len(dy), dy.shape[-1], dy.dtype
+    # Each core of a chip sums the bias gradient of its own half of the batch.
+    cores = 2 if x.bias is not None and batch % 2 == 0 else 1
+    names, arrays, blocks = specs(plan, x, transposed=True)
+    names, arrays, blocks = ["dy", *names], [dy, *arrays], [plan.of_queries(), *blocks]
+
+    outs: dict[str, tuple[jax.ShapeDtypeStruct, pl.BlockSpec]] = {}
+    outs["q"] = jax.ShapeDtypeStruct(x.q.shape, dtype), plan.of_queries()
+    if x.k is not None:
+        for name in "kv":
+            outs[name] = jax.ShapeDtypeStruct(x.k.shape, dtype), plan.of_keys()
+    if x.extra_k is not None:
+        for name in ("extra_k", "extra_v"):
+            outs[name] = jax.ShapeDtypeStruct(x.extra_k.shape, jnp.float32), plan.of_extra()
+    if x.q_scale is not None:
+        spec = pl.BlockSpec((None, 1, plan.lanes), lambda d, b, *_: (b, 0, d))
+        for name in ("q_scale", "k_scale"):
+            outs[name] = jax.ShapeDtypeStruct((batch, 1, d), jnp.float32), spec
+    sums = [name for name in outs if "_" in name]
+    in_specs, out_specs = (
+        [_by_core(spec, batch // cores) for spec in some]
+        for some in (blocks, [spec for _, spec in outs.values()])
+    )
+    shapes = [shape for shape, _ in outs.values()]
+    if x.bias is not None:
+        sizes = plan.parts, plan.keys, plan.rows
+        shapes.append(jax.ShapeDtypeStruct((cores, plan.num_heads, *sizes), jnp.float32))
+        spec = pl.BlockSpec((None, plan.heads, *sizes), lambda core, d, *_: (core, d, 0, 0, 0))
+        out_specs.append(spec)
+    totals = [pltpu.VMEM((plan.keys, plan.lanes), jnp.float32)] * (2 if plan.parts > 1 else 0)
+    out_names = [*outs, *(["bias"] if x.bias is not None else [])]
+
+    def body(*refs: Any) -> None:
+        inputs = dict(zip(names, refs)) | {"axis": 6}
+        outputs = dict(zip(out_names, refs[len(names) :]))
+        step = _Step(plan, inputs, outputs, refs[len(refs) - len(totals) :], dtype)
+        first = functools.reduce(jnp.logical_and, (pl.program_id(i) == 0 for i in range(3, 7)))
+        _clear_at(first, [outputs[name] for name in sums])
+        if "bias" in outputs:
+            _clear_at(first & (pl.program_id(2) == 0), [outputs["bias"]])
+        _clear_at(pl.program_id(6) == 0, step.totals)
+        step.run()
+
+    windows = "arbitrary" if sums or cores > 1 or x.bias is not None else "parallel"
+    clips = "parallel" if x.bias is None else "arbitrary"
+    blocks_of_lanes, _, *rest = plan.pallas_grid(batch)
+    found = pl.pallas_call(
+        body,
+        name="window_attention_gradient",
+        out_shape=shapes,
+        grid=(cores, blocks_of_lanes, batch // cores, *rest),
+        in_specs=in_specs,
+        out_specs=out_specs,
+        scratch_shapes=totals,
+        compiler_params=params("parallel", "parallel", clips, *[windows] * 3, "arbitrary"),
+        interpret=interpret,
+    )(*arrays)
+    gradients = dict(zip(out_names, found))
+    for name in ("q_scale", "k_scale"):
+        if name in gradients:
+            gradients[name] = gradients[name].sum(0)
+    for name in ("extra_k", "extra_v"):
+        if name in gradients:
+            gradients[name] = gradients[name].astype(dtype)
+    if "bias" in gradients:
+        bias = gradients["bias"].sum(0).swapaxes(2, 3) * (1 / LOG2_E)
+        gradients["bias"] = bias.reshape(x.bias.shape)
+    return Inputs(**{name: gradients.get(name) for name in Inputs._fields})
+
+
+def _by_core(spec: pl.BlockSpec, clips: int) -> pl.BlockSpec:
+    def index(core: Any, d: Any, b: Any, *rest: Any) -> tuple[Any, ...]:
+        return spec.index_map(d, core * clips + b, *rest)
+
+    return pl.BlockSpec(spec.block_shape, index)
+
+
+def _clear_at(first: jax.Array, refs: Any) -> None:
+    if refs:
+
+        @pl.when(first)
+        def _() -> None:
+            for ref in refs:
+                ref[...] = jnp.zeros_like(ref)
+
+
+class _Step:
+    """One step of the kernel's grid."""
+
+    def __init__(
+        self, plan: Plan, refs: dict[str, Any], outs: dict[str, Any], totals: Any, dtype: Any
+    ) -> None:
+        self.plan, self.refs, self.outs, self.totals = plan, refs, outs, totals
+        self.dtype = dtype
+        self.seen = {tile: visible(plan, refs, tile, transposed=True) for tile in plan.each_tile()}
+        self.operands = functools.cache(self._operands)
+        self.done: dict[Any, list[tuple[jax.Array, ...]]] = {}
+
+    def run(self) -> None:
+        tasks = [
+            (tile, g, i)
+            for tile in self.plan.each_tile()
+            for g, group in enumerate(self.plan.groups)
+            for i in range(group.heads)
+        ]
+        pipelined(tasks, self._products, self._pull)
+
+    def _operands(self, tile: Tile, g: int) -> dict[str, jax.Array]:
+        """float32 (tokens, width) for logits (ask, keys) and for sums (q, k, v, dy)."""
+        plan, group = self.plan, self.plan.groups[g]
+        q = plan.read(self.refs["q"], tile, group)
+        k, v = (grid_and_extra(plan, self.refs, name, tile, group) for name in "kv")
+        dy = plan.read(self.refs["dy"], tile, group)
+        q = ask(plan, self.refs, group)(q, *scales(self.refs, "q", group))
+        scale = scales(self.refs, "k", group)
+        k = normalise(group, k, *scale) if scale else k
+        found = {"ask": q, "keys": k, "q": q, "k": k, "v": v, "dy": dy}
+        if plan.merged:
+            for a, x, y in (("ask", "q", "dy"), ("keys", "k", "v")):
+                found[a], found[x], found[y] = quarantine(found[x], found[y])
+        return found
+
+    def _products(self, task: Any) -> tuple[jax.Array, jax.Array]:
+        """Logits and the gradients of the weights, (keys, queries)."""
+        tile, g, i = task
+        group, x = self.plan.groups[g], self.operands(tile, g)
+        q, dy = (group.only(x[name], i).astype(self.dtype) for name in ("ask", "dy"))
+        s = dot(x["keys"].astype(self.dtype), q, (1, 1))
+        dp = dot(x["v"].astype(self.dtype), dy, (1, 1))
+        if "bias" in self.refs:
+            s = s + self.refs["bias"][group.head + i]
+        return s, dp
+
+    def _pull(self, task: Any, products: tuple[jax.Array, jax.Array]) -> None:
+        tile, g, i = task
+        group, x, seen = self.plan.groups[g], self.operands(tile, g), self.seen[tile]
+        s, dp = products
+        e, inverse = powers(s, seen, 0)
+        p = e * inverse
+        ds = p * dp
+        ds = ds - p * ds.sum(0, keepdims=True)
+        if self.plan.merged:
+            ds = jnp.where(seen, ds, 0)
+        if "bias" in self.outs:
+            self.outs["bias"][group.head + i, pl.program_id(self.refs["axis"])] += ds
+        p, ds, q, k, dy = (y.astype(self.dtype) for y in (p, ds, x["q"], x["k"], x["dy"]))
+        parts = self.done.setdefault((tile, g), [])
+        parts.append((dot(ds, k, (0, 0)), dot(ds, q, (1, 0)), dot(p, dy, (1, 0))))
+        if len(parts) == group.heads:
+            dq, dk, dv = (group.join(part) for part in zip(*parts))
+            self._queries(tile, group, dq)
+            self._keys(tile, group, dk * (1 / LOG2_E), dv)
+
+    def _queries(self, tile: Tile, group: Any, dq: jax.Array) -> None:
+        dq = dq * (1 / LOG2_E)  # logits are powers of 2
+        scale = scales(self.refs, "q", group)
+        q = self.plan.read(self.refs["q"], tile, group)
+        _, pull = jax.vjp(ask(self.plan, self.refs, group), q, *scale)
+        dq, *dscale = pull(dq)
+        for gradient in dscale:
+            self.outs["q_scale"][:, group.lanes] += gradient
+        self.plan.write(self.outs["q"], tile, group, dq)
+
+    def _keys(self, tile: Tile, group: Any, dk: jax.Array, dv: jax.Array) -> None:
+        if not self.totals:
+            self._write_keys(tile, group, dk, dv)
+            return
+        for total, gradient in zip(self.totals, (dk, dv)):
+            total[:, group.lanes] += gradient
+
+        @pl.when(pl.program_id(self.refs["axis"]) == self.plan.parts - 1)
+        def _() -> None:
+            self._write_keys(tile, group, *(total[:, group.lanes] for total in self.totals))
+
+    def _write_keys(self, tile: Tile, group: Any, dk: jax.Array, dv: jax.Array) -> None:
+        plan = self.plan
+        for scale in scales(self.refs, "k", group):
+            k = grid_and_extra(plan, self.refs, "k", tile, group)
+            _, pull = jax.vjp(functools.partial(normalise, group), k, scale)
+            dk, dscale = pull(dk)
+            self.outs["k_scale"][:, group.lanes] += dscale
+        for name, gradient in (("k", dk), ("v", dv)):
+            if plan.has_grid:
+                plan.write(self.outs[name], tile, group, gradient[: plan.keys - plan.extra])
+            if plan.extra:
+                self.outs[f"extra_{name}"][:, group.lanes] += gradient[plan.keys - plan.extra :]
