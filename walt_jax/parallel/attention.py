@@ -25,6 +25,7 @@ def sharded_attention(
     bias: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     extra_kv: ExtraKv | None = None,
+    qk_norm: tuple[jax.Array, jax.Array] | None = None,
     **options: Any,
 ) -> jax.Array:
     """`window_attention` of arrays that lie on a mesh as `Layout.tokens` says.
@@ -38,8 +39,9 @@ def sharded_attention(
         `context` does not divide the heads that are left.
     """
     if mesh is None or mesh.size == 1:
-        given = {"bias": bias, "segment_ids": segment_ids, "extra_kv": extra_kv}
-        return window_attention(q, k, v, num_heads=num_heads, window=window, **given, **options)
+        options |= {"bias": bias, "segment_ids": segment_ids, "extra_kv": extra_kv}
+        options |= {"num_heads": num_heads, "window": window, "qk_norm": qk_norm}
+        return window_attention(q, k, v, **options)
     entries = tuple(divisible((*TOKENS, None, "tensor"), q.shape, mesh))
     block = resolve_window(q.shape[1:4], window)
     rows = q.shape[2] // (1 if entries[2] is None else mesh.shape["context"])
@@ -53,15 +55,16 @@ def sharded_attention(
 
     tokens, batch = P(*entries), entries[0]
     memory = P(batch, None, by_head)
-    operands = (q, k, v), bias, segment_ids, extra_kv
+    operands = (q, k, v), bias, segment_ids, extra_kv, qk_norm
     specs = (
         tokens,
         P(by_head),
         P(batch) if exchanged else P(*entries[:4]),
         extra_kv and ExtraKv(memory, memory, P(batch)),
+        P(),
     )
 
-    def local(qkv: Any, bias: Any, segment_ids: Any, extra_kv: Any) -> jax.Array:
+    def local(qkv: Any, bias: Any, segment_ids: Any, extra_kv: Any, qk_norm: Any) -> jax.Array:
         out = window_attention(
             *(_to_heads(qkv) if exchanged else qkv),
             num_heads=num_heads // math.prod(sizes),
@@ -69,6 +72,7 @@ def sharded_attention(
             bias=bias,
             segment_ids=segment_ids,
             extra_kv=extra_kv,
+            qk_norm=qk_norm,
             **options,
         )
         if exchanged:

@@ -124,6 +124,7 @@ class Layer(nnx.Module):
                     qk_norm=config.qk_norm,
                     dtype=dtype,
                     rngs=rngs,
+                    implementation=config.attention,
                 )
                 for side in sides
             ]
@@ -140,6 +141,7 @@ class Layer(nnx.Module):
                 qk_norm=config.qk_norm,
                 dtype=dtype,
                 rngs=rngs,
+                implementation=config.attention,
             )
             if config.reads
             else None

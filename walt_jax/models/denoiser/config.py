@@ -7,7 +7,7 @@ import numpy as np
 
 from walt_jax.errors import UserError
 from walt_jax.kernels import resolve_window
-from walt_jax.kernels.window_attention import Window
+from walt_jax.kernels.window_attention import IMPLEMENTATIONS, Window
 
 FULL: Window = (0, 0, 0)
 MODULATED = ("adaln_lora", "adaln_zero", "adaln", "adaln_single")
@@ -90,6 +90,7 @@ class DenoiserConfig:
       upsampling: (ft, fh, fw) of the grid over that of low-resolution latents which enter by
         channels, with their noise level in the condition; None without. ft is 1.
       learned_sigma: twice the channels come out, the target and the variance (2102.09672).
+      attention: implementation of window attention; None chooses by platform and shape.
       remat: recompute each group of layers in the backward pass.
       dtype: what matrices compute in; parameters, softmax and statistics are float32.
     """
@@ -129,6 +130,7 @@ class DenoiserConfig:
     self_conditioning: bool = False
     upsampling: tuple[int, int, int] | None = None
     learned_sigma: bool = False
+    attention: Literal[IMPLEMENTATIONS] | None = None
     remat: bool = True
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
 

@@ -154,24 +154,15 @@ class RelativeBias(nnx.Module):
 
 
 class HeadNorm(nnx.Module):
-    """Layer norm of each head's queries and keys, with a scale that heads share (2302.05442)."""
+    """Scales of the layer norm of each head's queries and keys, which heads share (2302.05442)."""
 
     def __init__(self, width: int, num_heads: int) -> None:
-        self.num_heads = num_heads
         self.q_scale = nnx.Param(jnp.ones((width // num_heads,), jnp.float32))
         self.k_scale = nnx.Param(jnp.ones((width // num_heads,), jnp.float32))
 
-    def queries(self, q: jax.Array) -> jax.Array:
-        """(..., D) to (..., D)."""
-        return self._norm(q, self.q_scale[...])
-
-    def keys(self, k: jax.Array) -> jax.Array:
-        """(..., D) to (..., D)."""
-        return self._norm(k, self.k_scale[...])
-
-    def _norm(self, x: jax.Array, scale_K: jax.Array) -> jax.Array:
-        heads = x.reshape(*x.shape[:-1], self.num_heads, -1)
-        return (layer_norm(heads) * scale_K.astype(x.dtype)).reshape(x.shape)
+    def scales(self) -> tuple[jax.Array, jax.Array]:
+        """Of queries and of keys, (head width,) each."""
+        return self.q_scale[...], self.k_scale[...]
 
 
 class Attention(nnx.Module):
@@ -190,7 +181,9 @@ class Attention(nnx.Module):
         qk_norm: bool,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
+        implementation: str | None = None,
     ) -> None:
+        self.implementation = implementation
         self.windows, self.causal = tuple(windows), causal
         self.image_identity = image_identity
         self.share = num_heads // len(self.windows)
@@ -217,8 +210,6 @@ class Attention(nnx.Module):
         if all(passes):
             return self.out(self._values(x))
         q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
-        if self.norm is not None:
-            q, k = self.norm.queries(q), self.norm.keys(k)
         outs = []
         shares = (jnp.split(y, len(self.windows), axis=-1) for y in (q, k, v))
         for i, (window, *qkv) in enumerate(zip(self.windows, *shares)):
@@ -238,6 +229,8 @@ class Attention(nnx.Module):
                     bias=bias,
                     causal=self.causal,
                     segment_ids=segment_ids,
+                    qk_norm=self.norm and self.norm.scales(),
+                    implementation=self.implementation,
                 )
             )
         return self.out(jnp.concatenate(outs, axis=-1))
@@ -270,7 +263,9 @@ class CrossAttention(nnx.Module):
         qk_norm: bool,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
+        implementation: str | None = None,
     ) -> None:
+        self.implementation = implementation
         self.num_heads, self.window = num_heads, window
         self.queries, self.causal = queries, causal and queries
         self.q = linear(width, width, dtype, rngs)
@@ -289,21 +284,20 @@ class CrossAttention(nnx.Module):
         segment_ids: jax.Array | None = None,
     ) -> jax.Array:
         """x (B, T, H, W, D) reads the memory where its mask is True."""
-        q = self.q(x) if self.norm is None else self.norm.queries(self.q(x))
-        k, v = self._keys(x) if self.queries else (None, None)
+        keys = self._keys(x) if self.queries else (None, None)
         out = sharded_attention(
             layout.mesh,
-            q,
-            k,
-            v,
+            self.q(x),
+            *keys,
             num_heads=self.num_heads,
             window=of_image(self.window) if image else self.window,
             causal=self.causal,
             segment_ids=segment_ids if self.queries else None,
             extra_kv=ExtraKv(*self._keys(memory_BMD), mask_BM),
+            qk_norm=self.norm and self.norm.scales(),
+            implementation=self.implementation,
         )
         return self.out(out)
 
     def _keys(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        k, v = jnp.split(self.kv(x), 2, axis=-1)
-        return k if self.norm is None else self.norm.keys(k), v
+        return jnp.split(self.kv(x), 2, axis=-1)
