@@ -1,7 +1,6 @@
 """Window attention as Pallas TPU kernels, which read windows where they lie in (B, T, H, W, D)."""
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,8 +12,35 @@ from walt_jax.kernels.attention.tpu_backward import backward
 from walt_jax.kernels.attention.tpu_forward import forward
 from walt_jax.kernels.attention.tpu_heads import LOG2_E, Inputs
 from walt_jax.kernels.attention.tpu_plan import Plan, make_plan
+from walt_jax.kernels.rows import LANES, params
 
 _SUBLANES = 16  # extra keys come in such numbers
+
+
+def fits(
+    grid: Sequence[int],
+    d: int,
+    num_heads: int,
+    block: Sequence[int],
+    dtype: jnp.dtype,
+    *,
+    extra: int = 0,
+) -> bool:
+    """Whether the kernels take windows of such a shape, forward and backward.
+
+    Args:
+      grid: (T, H, W) on one device.
+      d: lanes, heads x head width.
+      num_heads: heads in D.
+      block: the window, no zeros.
+      dtype: of q, k and v.
+      extra: how many keys there are beside the grid's.
+    """
+    dtype = jnp.dtype(dtype)
+    if dtype not in (jnp.bfloat16, jnp.float32) or d % LANES or d // num_heads % 8:
+        return False
+    plan = make_plan(grid, d, num_heads, block, extra=_padded(extra))
+    return plan.vmem(dtype.itemsize) <= params().vmem_limit_bytes * 7 // 8
 
 
 def attention(
@@ -50,13 +76,12 @@ def attention(
       (B, T, H, W, D) in q's dtype. Gradients are exact for all but integers and masks.
     """
     extra = 0 if extra_kv is None else extra_kv[0].shape[1]
-    padded = -(-extra // _SUBLANES) * _SUBLANES
     plan = make_plan(
         q.shape[1:4],
         q.shape[-1],
         num_heads,
         block,
-        extra=padded,
+        extra=_padded(extra),
         frames=block[0] if causal is True else int(causal),
         has_grid=k is not None,
     )
@@ -87,6 +112,10 @@ def _pull(plan: Plan, interpret: Any, x: Inputs, dy: jax.Array) -> tuple[Inputs]
 
 
 _attention.defvjp(_save, _pull)
+
+
+def _padded(extra: int) -> int:
+    return -(-extra // _SUBLANES) * _SUBLANES
 
 
 def _of_tile(plan: Plan, bias: jax.Array) -> jax.Array:

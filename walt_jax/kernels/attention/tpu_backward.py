@@ -5,12 +5,10 @@ then need no transposition, and sums over keys are sums of rows.
 """
 
 import functools
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -68,7 +66,7 @@ def backward(plan: Plan, x: Inputs, dy: jax.Array, interpret: Any = False) -> In
     out_names = [*outs, *(["bias"] if x.bias is not None else [])]
 
     def body(*refs: Any) -> None:
-        inputs = dict(zip(names, refs)) | {"axis": 6}
+        inputs = dict(zip(names, refs))
         outputs = dict(zip(out_names, refs[len(names) :]))
         step = _Step(plan, inputs, outputs, refs[len(refs) - len(totals) :], dtype)
         first = functools.reduce(jnp.logical_and, (pl.program_id(i) == 0 for i in range(3, 7)))
@@ -128,8 +126,10 @@ class _Step:
         self, plan: Plan, refs: dict[str, Any], outs: dict[str, Any], totals: Any, dtype: Any
     ) -> None:
         self.plan, self.refs, self.outs, self.totals = plan, refs, outs, totals
-        self.dtype = dtype
-        self.seen = {tile: visible(plan, refs, tile, transposed=True) for tile in plan.each_tile()}
+        self.dtype, self.part = dtype, pl.program_id(6)
+        self.seen = {
+            tile: visible(plan, refs, tile, self.part, transposed=True) for tile in plan.each_tile()
+        }
         self.operands = functools.cache(self._operands)
         self.done: dict[Any, list[tuple[jax.Array, ...]]] = {}
 
@@ -177,9 +177,9 @@ class _Step:
         ds = p * dp
         ds = ds - p * ds.sum(0, keepdims=True)
         if self.plan.merged:
-            ds = jnp.where(seen, ds, 0)
+            p, ds = jnp.where(seen, p, 0), jnp.where(seen, ds, 0)
         if "bias" in self.outs:
-            self.outs["bias"][group.head + i, pl.program_id(self.refs["axis"])] += ds
+            self.outs["bias"][group.head + i, self.part] += ds
         p, ds, q, k, dy = (y.astype(self.dtype) for y in (p, ds, x["q"], x["k"], x["dy"]))
         parts = self.done.setdefault((tile, g), [])
         parts.append((dot(ds, k, (0, 0)), dot(ds, q, (1, 0)), dot(p, dy, (1, 0))))
@@ -205,7 +205,7 @@ class _Step:
         for total, gradient in zip(self.totals, (dk, dv)):
             total[:, group.lanes] += gradient
 
-        @pl.when(pl.program_id(self.refs["axis"]) == self.plan.parts - 1)
+        @pl.when(self.part == self.plan.parts - 1)
         def _() -> None:
             self._write_keys(tile, group, *(total[:, group.lanes] for total in self.totals))
 

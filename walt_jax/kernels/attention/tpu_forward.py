@@ -4,7 +4,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from walt_jax.kernels.attention.tpu_heads import (
@@ -30,9 +29,9 @@ def forward(plan: Plan, x: Inputs, interpret: Any = False) -> jax.Array:
 
     def body(*refs: Any) -> None:
         refs, out = dict(zip(names, refs)), refs[-1]
-        refs["axis"] = 5
+        part = pl.program_id(5)
         tiles = list(plan.each_tile())
-        seen = {tile: visible(plan, refs, tile, transposed=False) for tile in tiles}
+        seen = {tile: visible(plan, refs, tile, part, transposed=False) for tile in tiles}
 
         @functools.cache
         def inputs(tile: tuple[int, int], g: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -55,7 +54,7 @@ def forward(plan: Plan, x: Inputs, interpret: Any = False) -> jax.Array:
             return s + refs["bias"][group.head + i] if "bias" in refs else s
 
         def attend(task: Any, s: jax.Array) -> None:
-            tile, g, i = task
+            tile, g, _ = task
             group, parts = plan.groups[g], done.setdefault((tile, g), [])
             e, inverse = powers(s, seen[tile], 1)
             parts.append(dot(e.astype(dtype), inputs(tile, g)[2], (1, 0)) * inverse)

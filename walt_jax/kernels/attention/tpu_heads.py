@@ -1,5 +1,6 @@
 """What the passes forward and backward of the TPU kernels do alike with a tile."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -126,30 +127,25 @@ def grid_and_extra(
     return jnp.concatenate(parts, axis=0)
 
 
-def visible(plan: Plan, refs: Refs, tile: tuple[int, int], transposed: bool) -> jax.Array | None:
-    """Which keys queries see, bool (queries, keys) or its transpose; None is all."""
-    seen = plan.visible(transposed, pl.program_id(refs["axis"]))
-    conditions = [] if seen is None else [seen]
+def visible(
+    plan: Plan, refs: Refs, tile: tuple[int, int], part: jax.Array, transposed: bool
+) -> jax.Array | None:
+    """Which keys the part-th queries see, bool (queries, keys) or its transpose; None is all."""
+    conditions = []
+    if (seen := plan.visible(part, transposed)) is not None:
+        conditions.append(seen)
     if "q_ids" in refs:
-        q, k = refs["q_ids"][tile], refs["k_ids"][tile]
+        q, k, axis = refs["q_ids"][tile], refs["k_ids"][tile], 0 if transposed else 1
         if plan.extra:
-            axis = 0 if transposed else 1
-            more = list(k.shape)
-            more[axis] = plan.extra
-            k = jnp.concatenate([k, jnp.zeros(more, k.dtype)], axis)
-            conditions.append(
-                (q == k) | (lax.broadcasted_iota(jnp.int32, k.shape, axis) >= plan.length)
-            )
+            shape = (plan.extra, 1) if transposed else (1, plan.extra)
+            k = jnp.concatenate([k, jnp.zeros(shape, k.dtype)], axis)
+            place = lax.broadcasted_iota(jnp.int32, k.shape, axis)
+            conditions.append((q == k) | (place >= plan.length))
         else:
             conditions.append(q == k)
     if "extra_seen" in refs:
         conditions.append(refs["extra_seen"][...] != 0)
-    if not conditions:
-        return None
-    out = conditions[0]
-    for condition in conditions[1:]:
-        out = out & condition
-    return out
+    return functools.reduce(jnp.logical_and, conditions) if conditions else None
 
 
 def quarantine(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

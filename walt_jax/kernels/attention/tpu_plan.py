@@ -22,7 +22,7 @@ from walt_jax.kernels.rows import LANES, divisor
 Grid = tuple[int, int, int]
 _STEP = 2**20  # logits of a step: fewer are lost in a step's own cost, more are too much code
 _MOST = 2**21  # logits of a step of all heads
-_QUERIES = 512  # tokens of a tile above which it is divided into parts of half as many queries
+_QUERIES = 640  # tokens of a tile above which it is divided into parts of half as many queries
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,35 +191,40 @@ class Plan:
 
         return pl.BlockSpec((None, *self.tiles, None, None, *shape), index)
 
-    def visible(self, transposed: bool, part: jax.Array) -> jax.Array | None:
-        """Which keys queries see by place and time, bool (rows, keys) or its transpose."""
+    def visible(self, part: jax.Array, transposed: bool) -> jax.Array | None:
+        """Which keys the part-th queries see by place and time: bool (queries, keys) or its
+        transpose; None is all."""
         if not self.has_grid or not (self.merged or self.frames):
             return None
-        shapes = (
-            ((1, self.rows), (self.keys, 1)) if transposed else ((self.rows, 1), (1, self.keys))
-        )
-        axes = (1, 0) if transposed else (0, 1)
-        q, k = (lax.broadcasted_iota(jnp.int32, s, a) for s, a in zip(shapes, axes))
-        q = q + part * self.rows
-        seen = k >= self.length if self.extra else None
-        here = None
-        if self.merged:
-            here = self._window(q) == self._window(k)
+        queries, keys = (self.rows, 1), (1, self.keys)
+        if transposed:
+            queries, keys = queries[::-1], keys[::-1]
+        q = lax.broadcasted_iota(jnp.int32, queries, int(transposed)) + part * self.rows
+        k = lax.broadcasted_iota(jnp.int32, keys, int(not transposed))
+        here = self._window(q) == self._window(k) if self.merged else True
         if self.frames:
-            frame = self.tile[1] * self.tile[2]
-            age = lax.rem(lax.div(q, frame), self.block[0]) - lax.rem(
-                lax.div(k, frame), self.block[0]
-            )
-            seen_frames = (age >= 0) & (age < self.frames)
-            here = seen_frames if here is None else here & seen_frames
-        return here if seen is None else here | seen
+            age = self._frame(q) - self._frame(k)
+            here = here & (age >= 0) & (age < self.frames)
+        return here | (k >= self.length) if self.extra else here
+
+    def _frame(self, token: jax.Array) -> jax.Array:
+        return lax.div(token, self.tile[1] * self.tile[2])
 
     def _window(self, token: jax.Array) -> jax.Array:
         """The number of the window in its tile."""
-        _, th, tw = self.tile
-        wt, wh, ww = self.block
-        t, h, w = lax.div(token, th * tw), lax.rem(lax.div(token, tw), th), lax.rem(token, tw)
-        return (lax.div(t, wt) * (th // wh) + lax.div(h, wh)) * (tw // ww) + lax.div(w, ww)
+        (_, th, tw), (_, h, w) = self.tile, self.block
+        row, column = lax.rem(lax.div(token, tw), th), lax.rem(token, tw)
+        return lax.div(row, h) * (tw // w) + lax.div(column, w)
+
+    def vmem(self, itemsize: int) -> int:
+        """Bytes that the gradient's kernel holds, without a bias."""
+        tokens = self.tiles[0] * self.tiles[1] * self.length
+        asked, known = tokens // self.parts, tokens * self.has_grid
+        moving = 2 * itemsize * self.lanes * (3 * asked + 4 * known)
+        moving += 2 * (2 * itemsize + 8) * self.lanes * self.extra
+        sums = 8 * self.lanes * self.keys if self.parts > 1 else 0
+        operands = 8 * 4 * LANES * (self.rows + self.keys)
+        return moving + sums + operands + 8 * 4 * self.rows * self.keys
 
 
 def make_plan(
@@ -244,24 +249,11 @@ def make_plan(
     tiles = (1, 1)
     if rows == length:
         most = max(1, _STEP // (lanes // k * rows * keys))
-        high = divisor(grid[1] // tile[1], most)
-        tiles = (
-            divisor(grid[0] // tile[0], max(1, most // high)) if high == grid[1] // tile[1] else 1,
-            high,
-        )
-    return Plan(
-        tuple(grid),
-        tuple(block),
-        tile,
-        tiles,
-        queries,
-        num_heads,
-        k,
-        lanes,
-        extra,
-        frames,
-        has_grid,
-    )
+        down = grid[1] // tile[1]
+        high = divisor(down, most)
+        tiles = divisor(grid[0] // tile[0], max(1, most // high)) if high == down else 1, high
+    sizes = tile, tiles, queries, num_heads, k, lanes, extra, frames, has_grid
+    return Plan(tuple(grid), tuple(block), *sizes)
 
 
 def _tile(grid: Grid, block: Grid) -> Grid:
