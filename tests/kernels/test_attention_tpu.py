@@ -250,7 +250,11 @@ def test_what_fits():
         for grid in [(5, 16, 16), (5, 16, 28), *large]:
             for window in ((1, 0, 0), (0, 1, 1), (0, 8, 8 if grid[2] % 8 == 0 else 14)):
                 block = resolve_window(grid, window)
-                assert fits(grid, heads * width, heads, block, bf16, extra=77), (grid, width, window)
+                assert fits(grid, heads * width, heads, block, bf16, extra=77), (
+                    grid,
+                    width,
+                    window,
+                )
     assert fits((5, 16, 16), 1024, 16, (5, 16, 16), bf16)
     assert not fits((17, 64, 64), 1024, 16, (17, 64, 64), bf16)  # beyond VMEM
     assert not fits((5, 16, 16), 1000, 10, (1, 16, 16), bf16)

@@ -75,6 +75,25 @@ def test_remat_and_patches_keep_the_meaning():
     assert patched(z, [10], label=label).shape == z.shape
 
 
+def test_what_is_kept_is_not_computed_again():
+    def gradient(config):
+        network, _ = network_of(config)
+        run = jax.grad(lambda p: jnp.square(network.bind(p)(latents(), jnp.array([10]))).sum())
+        return run, random_params(config)
+
+    products, found = {}, {}
+    for kept in ((), ("qkv", "attention"), ("qkv", "attention", "up")):
+        run, params = gradient(dataclasses.replace(ONE, remat=True, kept=kept))
+        products[kept] = forward_flops(run, params)
+        found[kept] = jax.jit(run)(params)
+    assert sorted(products.values(), reverse=True) == list(products.values())
+    assert len(set(products.values())) == 3
+    for other in list(found.values())[1:]:
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found[()], other
+        )
+
+
 def test_bfloat16_stays_near_float32():
     z, label = latents(2), jnp.array([1, 2])
     exact = build(CLASSES)(z, [10, 900], label=label)

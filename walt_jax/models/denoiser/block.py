@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from walt_jax.kernels.window_attention import Window
 from walt_jax.models.denoiser.config import DenoiserConfig, Stage
@@ -171,7 +172,7 @@ class Layer(nnx.Module):
             memory = context.memory_BMD, context.memory_mask_BM
             x = x + gate(self.cross(norm(x), *memory, layout, **seen))
         norm, gate = next(branches)
-        return x + gate(self.down(gelu(self.up(norm(x)))))
+        return x + gate(self.down(gelu(checkpoint_name(self.up(norm(x)), "up"))))
 
     def _branches(
         self, context: Context, dtype: jnp.dtype

@@ -92,6 +92,8 @@ class DenoiserConfig:
       learned_sigma: twice the channels come out, the target and the variance (2102.09672).
       attention: implementation of window attention; None chooses by platform and shape.
       remat: recompute each group of layers in the backward pass.
+      kept: what of self-attention and the MLP is kept all the same: "qkv" (3 times a layer's
+        input in size), "attention" (once) and "up" (mlp_ratio times).
       dtype: what matrices compute in; parameters, softmax and statistics are float32.
     """
 
@@ -132,6 +134,7 @@ class DenoiserConfig:
     learned_sigma: bool = False
     attention: Literal[IMPLEMENTATIONS] | None = None
     remat: bool = True
+    kept: tuple[Literal["qkv", "attention", "up"], ...] = ()
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
 
     def __post_init__(self) -> None:

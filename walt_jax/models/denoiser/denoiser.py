@@ -200,7 +200,8 @@ class Denoiser(nnx.Module):
             return x, x if skip == "save" else None
 
         if self.config.remat:
-            group = jax.checkpoint(group)
+            keep = jax.checkpoint_policies.save_only_these_names(*self.config.kept)
+            group = jax.checkpoint(group, policy=keep)
         given = skips[::-1] if skip == "read" else None
         x, saved = jax.lax.scan(group, x, (nnx.to_pure_dict(state), given))
         return x, skips if saved is None else saved

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from walt_jax.kernels import ExtraKv, resolve_window
 from walt_jax.kernels.window_attention import Window
@@ -209,7 +210,7 @@ class Attention(nnx.Module):
         passes = [image and self.image_identity and window[0] != 1 for window in self.windows]
         if all(passes):
             return self.out(self._values(x))
-        q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
+        q, k, v = jnp.split(checkpoint_name(self.qkv(x), "qkv"), 3, axis=-1)
         outs = []
         shares = (jnp.split(y, len(self.windows), axis=-1) for y in (q, k, v))
         for i, (window, *qkv) in enumerate(zip(self.windows, *shares)):
@@ -233,7 +234,7 @@ class Attention(nnx.Module):
                     implementation=self.implementation,
                 )
             )
-        return self.out(jnp.concatenate(outs, axis=-1))
+        return self.out(checkpoint_name(jnp.concatenate(outs, axis=-1), "attention"))
 
     def _values(self, x: jax.Array) -> jax.Array:
         """The values alone: what an identity mask needs of the three."""

@@ -58,7 +58,8 @@ def transfer(params: Params, old: DenoiserConfig, new: DenoiserConfig, fresh: Pa
 
     Args:
       params: of `Denoiser(old)`, numpy or jax arrays.
-      old, new: sizes; beside what is said above `remat` and `dtype` may differ.
+      old, new: sizes; beside what is said above `remat`, `kept`, `attention` and `dtype`
+        may differ.
       fresh: newly drawn parameters of `Denoiser(new)`, numpy or jax arrays.
 
     Returns:
