@@ -81,7 +81,7 @@ def backward(plan: Plan, x: Inputs, dy: jax.Array, interpret: Any = False) -> In
     blocks_of_lanes, _, *rest = plan.pallas_grid(batch)
     found = pl.pallas_call(
         body,
-        name="window_attention_gradient",
+        name=f"{plan.name}_gradient",
         out_shape=shapes,
         grid=(cores, blocks_of_lanes, batch // cores, *rest),
         in_specs=in_specs,

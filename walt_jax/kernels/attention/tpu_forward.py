@@ -71,7 +71,7 @@ def forward(plan: Plan, x: Inputs, interpret: Any = False) -> jax.Array:
 
     return pl.pallas_call(
         body,
-        name="window_attention",
+        name=plan.name,
         out_shape=jax.ShapeDtypeStruct(x.q.shape, dtype),
         grid=plan.pallas_grid(len(x.q)),
         in_specs=blocks,

@@ -89,6 +89,11 @@ class Plan:
     frames: int
     has_grid: bool
 
+    @property
+    def name(self) -> str:
+        """Of the kernels, in profiles and compiled programs."""
+        return f"window_attention_{'x'.join(map(str, self.block))}"
+
     @functools.cached_property
     def length(self) -> int:
         """Tokens of a tile."""
