@@ -17,7 +17,6 @@ options need another `--out`. The rows are comparable where nothing else uses th
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import shutil
@@ -179,7 +178,7 @@ def _make_latents(args: argparse.Namespace) -> FrozenTokenizer:
         train(experiment, args.out / "tokenizer")
         encode_dataset(
             load_tokenizer(args.out / "tokenizer"),
-            dataclasses.replace(experiment.data, num_frames=FRAMES),
+            experiment.data,
             latents,
             epochs=args.epochs,
         )

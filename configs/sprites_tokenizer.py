@@ -29,15 +29,15 @@ def get_config(arg: str = "") -> ConfigDict:
             "dtype": "float32",  # CPUs emulate bfloat16
         },
     }
-    config.data = {"path": "out/records", "sizes": ((64, 64),), "num_frames": 5, "fps": 4.0}
-    config.num_steps = 500
-    config.batch_size = 4
+    config.data = {"path": "out/records", "sizes": ((64, 64),), "num_frames": 9, "fps": 4.0}
+    config.num_steps = 800
+    config.batch_size = 2
     config.optimizer = {"learning_rate": 4e-3, "warmup_steps": 20, "ema_decay": 0.99}
     config.log_every = 50
-    config.eval_every = 250
-    config.eval_batches = 8
-    config.preview_every = 500
-    config.checkpoint_every = 250
+    config.eval_every = 400
+    config.eval_batches = 16
+    config.preview_every = 800
+    config.checkpoint_every = 400
     config.update(variants(arg, {"": {}, "debug": _DEBUG}, __file__))
     return config
 

@@ -1,7 +1,6 @@
 """A small class-conditional W.A.L.T on the latents of `configs/sprites_tokenizer.py`.
 
-    python -m walt_jax.encode --workdir out/tokenizer --output out/latents --epochs 2 \
-        --config.data.num_frames=9
+    python -m walt_jax.encode --workdir out/tokenizer --output out/latents --epochs 2
     python -m walt_jax.train --config configs/sprites_walt.py --workdir out/walt \
         --config.task.tokenizer=out/tokenizer --config.data.path=out/latents
     python -m walt_jax.sample --workdir out/walt --num 16 --out out/samples

@@ -115,7 +115,7 @@ def run(out: Path, videos: Path | None, scale: Scale = Scale()) -> dict[str, Any
     logger.info("3/5 encode the videos")
     encode_dataset(
         tokenizer,
-        dataclasses.replace(experiment.data, num_frames=5 if scale.variant == "debug" else FRAMES),
+        experiment.data,
         out / "latents",
         epochs=scale.epochs if videos is None else 8 * scale.epochs,
         overwrite=True,  # what a demo that was cut off left behind
