@@ -158,15 +158,16 @@ class _Step:
         asked, known = q, k
         if plan.merged:
             (asked, q, dy), (known, k, v) = quarantine(q, dy), quarantine(k, v)
-        known, k, v = (y.astype(self.dtype) for y in (known, k.T, v))
-        return _Operands(asked, known, q, k, v, dy)
+        known, v = known.astype(self.dtype), v.astype(self.dtype)
+        return _Operands(asked, known, q, k.T, v, dy)
 
     def _products(self, task: Task) -> tuple[jax.Array, jax.Array]:
         """Logits and the gradients of the weights, (keys, queries)."""
         tile, g, i = task
         group, x = self.plan.groups[g], self.operands(tile, g)
         q, dy = (group.only(y, i).astype(self.dtype) for y in (x.asked, x.dy))
-        s, dp = dot(x.known, q, (1, 1)), dot(x.v, dy, (1, 1))
+        tiles = group.touched(i)
+        s, dp = dot(x.known[:, tiles], q, (1, 1)), dot(x.v[:, tiles], dy, (1, 1))
         return s + self.refs["bias"][group.head + i] if "bias" in self.refs else s, dp
 
     def _pull(self, task: Task, products: tuple[jax.Array, jax.Array]) -> None:
@@ -181,10 +182,11 @@ class _Step:
             p, ds = jnp.where(seen, p, 0), jnp.where(seen, ds, 0)
         if "bias" in self.outs:
             self.outs["bias"][group.head + i, self.part] += ds
-        p, ds, q, dy = (y.astype(self.dtype) for y in (p, ds, x.q, x.dy))
+        operands = p, ds, x.q[:, group.touched(i)], x.k[group.rows(i)], x.dy[:, group.touched(i)]
+        p, ds, q, k, dy = (y.astype(self.dtype) for y in operands)
         parts = self.done.setdefault((tile, g), [])
         # Of the queries' gradient the transpose: that of ds would cost more.
-        parts.append((dot(x.k[group.rows(i)], ds, (1, 0)), dot(ds, q, (1, 0)), dot(p, dy, (1, 0))))
+        parts.append((dot(k, ds, (1, 0)), dot(ds, q, (1, 0)), dot(p, dy, (1, 0))))
         if len(parts) == group.heads:
             dq, dk, dv = zip(*parts)
             self._queries(tile, group, jnp.concatenate(dq, 0).T * LN_2)

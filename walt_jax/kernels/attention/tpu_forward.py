@@ -44,12 +44,12 @@ def forward(plan: Plan, x: Inputs, interpret: Any = False) -> jax.Array:
                 k = normalise(group, k, scale)
             if plan.merged:
                 k, _, v = quarantine(k, v)
-            return q, k.astype(dtype), v.T.astype(dtype)
+            return q, k.astype(dtype), v.T
 
         def logits(task: Task) -> jax.Array:
             tile, g, i = task
             group, (q, k, _) = plan.groups[g], operands(tile, g)
-            s = dot(k, group.only(q, i).astype(dtype), (1, 1))
+            s = dot(k[:, group.touched(i)], group.only(q, i).astype(dtype), (1, 1))
             return s + refs["bias"][group.head + i] if "bias" in refs else s
 
         def attend(task: Task, s: jax.Array) -> None:
@@ -57,7 +57,7 @@ def forward(plan: Plan, x: Inputs, interpret: Any = False) -> jax.Array:
             group, parts = plan.groups[g], done.setdefault((tile, g), [])
             e, inverse = powers(s, seen[tile])
             v = operands(tile, g)[2][group.rows(i)]
-            parts.append(dot(v, e.astype(dtype), (1, 0)) * inverse)
+            parts.append(dot(v.astype(dtype), e.astype(dtype), (1, 0)) * inverse)
             if len(parts) == group.heads:
                 plan.write(out, tile, group, jnp.concatenate(parts, 0).T)
 

@@ -95,12 +95,12 @@ def dot(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
 
 def normalise(group: Group, x: jax.Array, scale: jax.Array) -> jax.Array:
     """Layer norm of each head (tokens, width) times its scale (1, width)."""
-    k = group.width // group.heads
-    parts = []
+    k, parts = group.width // group.heads, []
     for i in range(group.heads):
-        off = x - group.only(x, i).sum(-1, keepdims=True) * (1 / k)
-        variance = group.only(jnp.square(off), i).sum(-1, keepdims=True) * (1 / k)
-        parts.append(off * lax.rsqrt(variance + EPS))
+        tiles = x[:, group.touched(i)]
+        off = tiles - group.only(x, i).sum(-1, keepdims=True) * (1 / k)
+        own = group.mask(jnp.square(off), i)
+        parts.append(off * lax.rsqrt(own.sum(-1, keepdims=True) * (1 / k) + EPS))
     return group.join(parts) * scale
 
 

@@ -30,7 +30,10 @@ _QUERIES = 640  # tokens of a tile above which it is divided into parts of half 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Heads that share lanes: those of one tile of lanes, or a single one.
+    """The fewest heads that fill whole tiles of lanes.
+
+    A head may begin and end inside of a tile; contracted are all tiles that it touches, with
+    the other heads' lanes 0 in one operand. Transposed, heads are rows, and nothing is wasted.
 
     Attributes:
       start, width: lanes in a step's block.
@@ -48,24 +51,42 @@ class Group:
         return slice(self.start, self.start + self.width)
 
     def rows(self, i: int) -> slice:
-        """The i-th head's rows of a transposed (width, tokens)."""
+        """The i-th head's lanes, or rows of a transposed (width, tokens)."""
         k = self.width // self.heads
         return slice(i * k, (i + 1) * k)
 
+    def touched(self, i: int) -> slice:
+        """The lanes of the tiles that the i-th head touches."""
+        own = self.rows(i)
+        stop = -(-own.stop // LANES) * LANES
+        return slice(own.start // LANES * LANES, min(stop, self.width))
+
     def only(self, x: jax.Array, i: int) -> jax.Array:
-        """x (..., width) with 0 in the lanes of other heads than the i-th."""
-        return x if self.heads == 1 else jnp.where(self._of(i), x, 0)
+        """Tiles of x (tokens, width) that the i-th head touches, 0 in other heads' lanes."""
+        return self.mask(x[:, self.touched(i)], i)
+
+    def mask(self, tiles: jax.Array, i: int) -> jax.Array:
+        """The tiles that the i-th head touches, 0 in other heads' lanes."""
+        touched = self.touched(i)
+        return tiles if self.rows(i) == touched else jnp.where(self._own(i, touched), tiles, 0)
 
     def join(self, parts: Sequence[jax.Array]) -> jax.Array:
-        """The i-th head's lanes of the i-th part."""
-        out = parts[0]
-        for i, part in enumerate(parts[1:], 1):
-            out = jnp.where(self._of(i), part, out)
-        return out
+        """(tokens, width) of the heads' own lanes of the i-th head's tiles, parts[i]."""
+        joined = []
+        for start in range(0, self.width, LANES):
+            tile = slice(start, min(start + LANES, self.width))
+            out = None
+            for i, part in enumerate(parts):
+                tiles = self.touched(i)
+                if tiles.start < tile.stop and tile.start < tiles.stop:
+                    here = part[:, tile.start - tiles.start : tile.stop - tiles.start]
+                    out = here if out is None else jnp.where(self._own(i, tile), here, out)
+            joined.append(out)
+        return jnp.concatenate(joined, axis=1)
 
-    def _of(self, i: int) -> jax.Array:
-        lane, own = lax.broadcasted_iota(jnp.int32, (1, self.width), 1), self.rows(i)
-        return (lane >= own.start) & (lane < own.stop)
+    def _own(self, i: int, lanes: slice) -> jax.Array:
+        lane, own = lax.broadcasted_iota(jnp.int32, (1, lanes.stop - lanes.start), 1), self.rows(i)
+        return (lane >= own.start - lanes.start) & (lane < own.stop - lanes.start)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,11 +150,9 @@ class Plan:
 
     @functools.cached_property
     def groups(self) -> list[Group]:
-        k = self.head_width
-        if LANES % k:
-            return [Group(i * k, k, i, 1) for i in range(self.heads)]
-        starts = range(0, self.lanes, LANES)
-        widths = [min(LANES, self.lanes - start) for start in starts]
+        k, most = self.head_width, math.lcm(self.head_width, LANES)
+        starts = range(0, self.lanes, most)
+        widths = [min(most, self.lanes - start) for start in starts]
         return [Group(s, w, s // k, w // k) for s, w in zip(starts, widths)]
 
     @property
