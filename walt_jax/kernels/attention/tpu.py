@@ -11,7 +11,7 @@ import numpy as np
 from walt_jax.kernels.attention.tpu_backward import backward
 from walt_jax.kernels.attention.tpu_forward import forward
 from walt_jax.kernels.attention.tpu_heads import LOG2_E, Inputs
-from walt_jax.kernels.attention.tpu_plan import Plan, make_plan
+from walt_jax.kernels.attention.tpu_plan import BACKWARD, FORWARD, Plan, make_plan
 from walt_jax.kernels.rows import LANES, params
 
 _SUBLANES = 16  # extra keys come in such numbers
@@ -39,7 +39,7 @@ def fits(
     dtype = jnp.dtype(dtype)
     if dtype not in (jnp.bfloat16, jnp.float32) or d % LANES or d // num_heads % 8:
         return False
-    plan = make_plan(grid, d, num_heads, block, extra=_padded(extra))
+    plan = make_plan((1, *grid, d), num_heads, block, BACKWARD, extra=_padded(extra))
     return plan.vmem(dtype.itemsize) <= params().vmem_limit_bytes * 7 // 8
 
 
@@ -76,15 +76,16 @@ def attention(
       (B, T, H, W, D) in q's dtype. Gradients are exact for all but integers and masks.
     """
     extra = 0 if extra_kv is None else extra_kv[0].shape[1]
-    plan = make_plan(
-        q.shape[1:4],
-        q.shape[-1],
+    make = functools.partial(
+        make_plan,
+        q.shape,
         num_heads,
         block,
         extra=_padded(extra),
         frames=block[0] if causal is True else int(causal),
         has_grid=k is not None,
     )
+    plan, plan_backward = make(FORWARD), make(BACKWARD)
     x = Inputs(q, k, v)
     if k is not None and bias is not None:
         x = x._replace(bias=_of_tile(plan, bias))
@@ -95,20 +96,20 @@ def attention(
     if qk_scales is not None:
         scales = (jnp.tile(s.astype(jnp.float32), num_heads)[None] for s in qk_scales)
         x = x._replace(**dict(zip(("q_scale", "k_scale"), scales)))
-    return _attention(plan, interpret, x)
+    return _attention((plan, plan_backward), interpret, x)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attention(plan: Plan, interpret: Any, x: Inputs) -> jax.Array:
-    return forward(plan, x, interpret)
+def _attention(plans: tuple[Plan, Plan], interpret: Any, x: Inputs) -> jax.Array:
+    return forward(plans[0], x, interpret)
 
 
-def _save(plan: Plan, interpret: Any, x: Inputs) -> tuple[jax.Array, Inputs]:
-    return forward(plan, x, interpret), x
+def _save(plans: tuple[Plan, Plan], interpret: Any, x: Inputs) -> tuple[jax.Array, Inputs]:
+    return forward(plans[0], x, interpret), x
 
 
-def _pull(plan: Plan, interpret: Any, x: Inputs, dy: jax.Array) -> tuple[Inputs]:
-    return (backward(plan, x, dy, interpret),)
+def _pull(plans: tuple[Plan, Plan], interpret: Any, x: Inputs, dy: jax.Array) -> tuple[Inputs]:
+    return (backward(plans[1], x, dy, interpret),)
 
 
 _attention.defvjp(_save, _pull)
@@ -145,5 +146,5 @@ def _with_extra(
         jnp.pad(jnp.where(mask[..., None], y, 0), ((0, 0), (0, missing), (0, 0))) for y in (k, v)
     )
     seen = jnp.pad(mask.astype(jnp.int32), ((0, 0), (0, missing)))
-    seen = jnp.pad(seen, ((0, 0), (plan.keys - plan.extra, 0)), constant_values=1)
+    seen = jnp.pad(seen, ((0, 0), (plan.own_keys, 0)), constant_values=1)
     return x._replace(extra_k=k, extra_v=v, extra_seen=seen)

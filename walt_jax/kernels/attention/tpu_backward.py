@@ -1,11 +1,7 @@
-"""The gradients of window attention as a Pallas TPU kernel.
-
-Everything is recomputed from q, k and v. Logits lie (keys, queries): three of the five products
-then need no transposition, and sums over keys are sums of rows.
-"""
+"""The gradients of window attention as a Pallas TPU kernel, all recomputed from q, k and v."""
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,24 +15,41 @@ from walt_jax.kernels.attention.tpu_heads import (
     dot,
     grid_and_extra,
     normalise,
+    pipelined,
     powers,
     quarantine,
     scales,
     specs,
     visible,
 )
-from walt_jax.kernels.attention.tpu_plan import Plan, pipelined
+from walt_jax.kernels.attention.tpu_plan import Group, Plan, Task, Tile
 from walt_jax.kernels.rows import params
 
-Tile = tuple[int, int]
+LN_2 = 1 / LOG2_E  # logits are powers of 2
+
+
+class _Operands(NamedTuple):
+    """Of a group of heads in a tile: (tokens, width), k transposed.
+
+    Attributes:
+      asked, known: queries and keys of the logits.
+      q, k, v, dy: of the products.
+    """
+
+    asked: jax.Array
+    known: jax.Array
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    dy: jax.Array
 
 
 def backward(plan: Plan, x: Inputs, dy: jax.Array, interpret: Any = False) -> Inputs:
     """The gradients of `forward`, None for integers."""
     batch, d, dtype = len(dy), dy.shape[-1], dy.dtype
     # Each core of a chip sums the bias gradient of its own half of the batch.
-    cores = 2 if x.bias is not None and batch % 2 == 0 else 1
-    names, arrays, blocks = specs(plan, x, transposed=True)
+    cores = 2 if x.bias is not None and batch // plan.tiles[0] % 2 == 0 else 1
+    names, arrays, blocks = specs(plan, x)
     names, arrays, blocks = ["dy", *names], [dy, *arrays], [plan.of_queries(), *blocks]
 
     outs: dict[str, tuple[jax.ShapeDtypeStruct, pl.BlockSpec]] = {}
@@ -49,11 +62,12 @@ def backward(plan: Plan, x: Inputs, dy: jax.Array, interpret: Any = False) -> In
             outs[name] = jax.ShapeDtypeStruct(x.extra_k.shape, jnp.float32), plan.of_extra()
     if x.q_scale is not None:
         spec = pl.BlockSpec((None, 1, plan.lanes), lambda d, b, *_: (b, 0, d))
+        clips = batch // plan.tiles[0]
         for name in ("q_scale", "k_scale"):
-            outs[name] = jax.ShapeDtypeStruct((batch, 1, d), jnp.float32), spec
+            outs[name] = jax.ShapeDtypeStruct((clips, 1, d), jnp.float32), spec
     sums = [name for name in outs if "_" in name]
     in_specs, out_specs = (
-        [_by_core(spec, batch // cores) for spec in some]
+        [_by_core(spec, batch // plan.tiles[0] // cores) for spec in some]
         for some in (blocks, [spec for _, spec in outs.values()])
     )
     shapes = [shape for shape, _ in outs.values()]
@@ -78,12 +92,12 @@ def backward(plan: Plan, x: Inputs, dy: jax.Array, interpret: Any = False) -> In
 
     windows = "arbitrary" if sums or cores > 1 or x.bias is not None else "parallel"
     clips = "parallel" if x.bias is None else "arbitrary"
-    blocks_of_lanes, _, *rest = plan.pallas_grid(batch)
+    blocks_of_lanes, steps, *rest = plan.pallas_grid(batch)
     found = pl.pallas_call(
         body,
         name=f"{plan.name}_gradient",
         out_shape=shapes,
-        grid=(cores, blocks_of_lanes, batch // cores, *rest),
+        grid=(cores, blocks_of_lanes, steps // cores, *rest),
         in_specs=in_specs,
         out_specs=out_specs,
         scratch_shapes=totals,
@@ -98,7 +112,7 @@ def backward(plan: Plan, x: Inputs, dy: jax.Array, interpret: Any = False) -> In
         if name in gradients:
             gradients[name] = gradients[name].astype(dtype)
     if "bias" in gradients:
-        bias = gradients["bias"].sum(0).swapaxes(2, 3) * (1 / LOG2_E)
+        bias = gradients["bias"].sum(0).swapaxes(2, 3) * LN_2
         gradients["bias"] = bias.reshape(x.bias.shape)
     return Inputs(**{name: gradients.get(name) for name in Inputs._fields})
 
@@ -127,52 +141,40 @@ class _Step:
     ) -> None:
         self.plan, self.refs, self.outs, self.totals = plan, refs, outs, totals
         self.dtype, self.part = dtype, pl.program_id(6)
-        self.seen = {
-            tile: visible(plan, refs, tile, self.part, transposed=True) for tile in plan.each_tile()
-        }
+        self.seen = {tile: visible(plan, refs, tile, self.part) for tile in plan.each_tile()}
         self.operands = functools.cache(self._operands)
         self.done: dict[Any, list[tuple[jax.Array, ...]]] = {}
 
     def run(self) -> None:
-        tasks = [
-            (tile, g, i)
-            for tile in self.plan.each_tile()
-            for g, group in enumerate(self.plan.groups)
-            for i in range(group.heads)
-        ]
-        pipelined(tasks, self._products, self._pull)
+        pipelined(self.plan.tasks(), self._products, self._pull)
 
-    def _operands(self, tile: Tile, g: int) -> dict[str, jax.Array]:
-        """float32 (tokens, width) for logits (ask, keys) and for sums (q, k, v, dy)."""
-        plan, group = self.plan, self.plan.groups[g]
-        q = plan.read(self.refs["q"], tile, group)
-        k, v = (grid_and_extra(plan, self.refs, name, tile, group) for name in "kv")
-        dy = plan.read(self.refs["dy"], tile, group)
-        q = ask(plan, self.refs, group)(q, *scales(self.refs, "q", group))
-        scale = scales(self.refs, "k", group)
-        k = normalise(group, k, *scale) if scale else k
-        found = {"ask": q, "keys": k, "q": q, "k": k, "v": v, "dy": dy}
+    def _operands(self, tile: Tile, g: int) -> _Operands:
+        plan, refs, group = self.plan, self.refs, self.plan.groups[g]
+        q, dy = (plan.read(refs[name], tile, group) for name in ("q", "dy"))
+        q = ask(plan, group)(q, *scales(refs, "q", group))
+        k, v = (grid_and_extra(plan, refs, name, tile, group) for name in "kv")
+        for scale in scales(refs, "k", group):
+            k = normalise(group, k, scale)
+        asked, known = q, k
         if plan.merged:
-            for a, x, y in (("ask", "q", "dy"), ("keys", "k", "v")):
-                found[a], found[x], found[y] = quarantine(found[x], found[y])
-        return found
+            (asked, q, dy), (known, k, v) = quarantine(q, dy), quarantine(k, v)
+        known, v = known.astype(self.dtype), v.astype(self.dtype)
+        return _Operands(asked, known, q, k.T, v, dy)
 
-    def _products(self, task: Any) -> tuple[jax.Array, jax.Array]:
+    def _products(self, task: Task) -> tuple[jax.Array, jax.Array]:
         """Logits and the gradients of the weights, (keys, queries)."""
         tile, g, i = task
         group, x = self.plan.groups[g], self.operands(tile, g)
-        q, dy = (group.only(x[name], i).astype(self.dtype) for name in ("ask", "dy"))
-        s = dot(x["keys"].astype(self.dtype), q, (1, 1))
-        dp = dot(x["v"].astype(self.dtype), dy, (1, 1))
-        if "bias" in self.refs:
-            s = s + self.refs["bias"][group.head + i]
-        return s, dp
+        q, dy = (group.only(y, i).astype(self.dtype) for y in (x.asked, x.dy))
+        tiles = group.touched(i)
+        s, dp = dot(x.known[:, tiles], q, (1, 1)), dot(x.v[:, tiles], dy, (1, 1))
+        return s + self.refs["bias"][group.head + i] if "bias" in self.refs else s, dp
 
-    def _pull(self, task: Any, products: tuple[jax.Array, jax.Array]) -> None:
+    def _pull(self, task: Task, products: tuple[jax.Array, jax.Array]) -> None:
         tile, g, i = task
         group, x, seen = self.plan.groups[g], self.operands(tile, g), self.seen[tile]
         s, dp = products
-        e, inverse = powers(s, seen, 0)
+        e, inverse = powers(s, seen)
         p = e * inverse
         ds = p * dp
         ds = ds - p * ds.sum(0, keepdims=True)
@@ -180,25 +182,27 @@ class _Step:
             p, ds = jnp.where(seen, p, 0), jnp.where(seen, ds, 0)
         if "bias" in self.outs:
             self.outs["bias"][group.head + i, self.part] += ds
-        p, ds, q, k, dy = (y.astype(self.dtype) for y in (p, ds, x["q"], x["k"], x["dy"]))
+        operands = p, ds, x.q[:, group.touched(i)], x.k[group.rows(i)], x.dy[:, group.touched(i)]
+        p, ds, q, k, dy = (y.astype(self.dtype) for y in operands)
         parts = self.done.setdefault((tile, g), [])
-        parts.append((dot(ds, k, (0, 0)), dot(ds, q, (1, 0)), dot(p, dy, (1, 0))))
+        # Of the queries' gradient the transpose: that of ds would cost more.
+        parts.append((dot(k, ds, (1, 0)), dot(ds, q, (1, 0)), dot(p, dy, (1, 0))))
         if len(parts) == group.heads:
-            dq, dk, dv = (group.join(part) for part in zip(*parts))
-            self._queries(tile, group, dq)
-            self._keys(tile, group, dk * (1 / LOG2_E), dv)
+            dq, dk, dv = zip(*parts)
+            self._queries(tile, group, jnp.concatenate(dq, 0).T * LN_2)
+            self._keys(tile, group, group.join(dk) * LN_2, group.join(dv))
 
-    def _queries(self, tile: Tile, group: Any, dq: jax.Array) -> None:
-        dq = dq * (1 / LOG2_E)  # logits are powers of 2
-        scale = scales(self.refs, "q", group)
-        q = self.plan.read(self.refs["q"], tile, group)
-        _, pull = jax.vjp(ask(self.plan, self.refs, group), q, *scale)
+    def _queries(self, tile: Tile, group: Group, dq: jax.Array) -> None:
+        """Writes the gradient of q, given that of what `ask` makes of it."""
+        plan, scale = self.plan, scales(self.refs, "q", group)
+        q = plan.read(self.refs["q"], tile, group)
+        _, pull = jax.vjp(ask(plan, group), q, *scale)
         dq, *dscale = pull(dq)
         for gradient in dscale:
             self.outs["q_scale"][:, group.lanes] += gradient
-        self.plan.write(self.outs["q"], tile, group, dq)
+        plan.write(self.outs["q"], tile, group, dq)
 
-    def _keys(self, tile: Tile, group: Any, dk: jax.Array, dv: jax.Array) -> None:
+    def _keys(self, tile: Tile, group: Group, dk: jax.Array, dv: jax.Array) -> None:
         if not self.totals:
             self._write_keys(tile, group, dk, dv)
             return
@@ -209,7 +213,7 @@ class _Step:
         def _() -> None:
             self._write_keys(tile, group, *(total[:, group.lanes] for total in self.totals))
 
-    def _write_keys(self, tile: Tile, group: Any, dk: jax.Array, dv: jax.Array) -> None:
+    def _write_keys(self, tile: Tile, group: Group, dk: jax.Array, dv: jax.Array) -> None:
         plan = self.plan
         for scale in scales(self.refs, "k", group):
             k = grid_and_extra(plan, self.refs, "k", tile, group)
@@ -218,6 +222,6 @@ class _Step:
             self.outs["k_scale"][:, group.lanes] += dscale
         for name, gradient in (("k", dk), ("v", dv)):
             if plan.has_grid:
-                plan.write(self.outs[name], tile, group, gradient[: plan.keys - plan.extra])
+                plan.write(self.outs[name], tile, group, gradient[: plan.own_keys])
             if plan.extra:
-                self.outs[f"extra_{name}"][:, group.lanes] += gradient[plan.keys - plan.extra :]
+                self.outs[f"extra_{name}"][tile[0], :, group.lanes] += gradient[plan.own_keys :]

@@ -4,70 +4,64 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from walt_jax.kernels.attention.tpu_heads import (
     Inputs,
+    ask,
     dot,
     grid_and_extra,
     normalise,
+    pipelined,
     powers,
     quarantine,
-    queries,
     scales,
     specs,
     visible,
 )
-from walt_jax.kernels.attention.tpu_plan import Plan, pipelined
+from walt_jax.kernels.attention.tpu_plan import Plan, Task, Tile
 from walt_jax.kernels.rows import params
 
 
 def forward(plan: Plan, x: Inputs, interpret: Any = False) -> jax.Array:
     """Attention of each tile: (B, T, H, W, D) in q's dtype."""
-    names, arrays, blocks = specs(plan, x, transposed=False)
+    names, arrays, blocks = specs(plan, x)
     dtype = x.q.dtype
 
     def body(*refs: Any) -> None:
         refs, out = dict(zip(names, refs)), refs[-1]
         part = pl.program_id(5)
-        tiles = list(plan.each_tile())
-        seen = {tile: visible(plan, refs, tile, part, transposed=False) for tile in tiles}
-
-        @functools.cache
-        def inputs(tile: tuple[int, int], g: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-            group = plan.groups[g]
-            q = queries(plan, refs, tile, group)
-            k, v = (grid_and_extra(plan, refs, name, tile, group) for name in "kv")
-            scale = scales(refs, "k", group)
-            k = normalise(group, k, *scale) if scale else k
-            if plan.merged:
-                k, _, v = quarantine(k, v)
-            return q, k.astype(dtype), v.astype(dtype)
-
+        seen = {tile: visible(plan, refs, tile, part) for tile in plan.each_tile()}
         done: dict[Any, list[jax.Array]] = {}
 
-        def logits(task: Any) -> jax.Array:
-            tile, g, i = task
-            q, k, _ = inputs(tile, g)
+        @functools.cache
+        def operands(tile: Tile, g: int) -> tuple[jax.Array, jax.Array, jax.Array]:
             group = plan.groups[g]
-            s = dot(group.only(q, i).astype(dtype), k, (1, 1))
+            q = ask(plan, group)(plan.read(refs["q"], tile, group), *scales(refs, "q", group))
+            k, v = (grid_and_extra(plan, refs, name, tile, group) for name in "kv")
+            for scale in scales(refs, "k", group):
+                k = normalise(group, k, scale)
+            if plan.merged:
+                k, _, v = quarantine(k, v)
+            return q, k.astype(dtype), v.T
+
+        def logits(task: Task) -> jax.Array:
+            tile, g, i = task
+            group, (q, k, _) = plan.groups[g], operands(tile, g)
+            s = dot(k[:, group.touched(i)], group.only(q, i).astype(dtype), (1, 1))
             return s + refs["bias"][group.head + i] if "bias" in refs else s
 
-        def attend(task: Any, s: jax.Array) -> None:
-            tile, g, _ = task
+        def attend(task: Task, s: jax.Array) -> None:
+            tile, g, i = task
             group, parts = plan.groups[g], done.setdefault((tile, g), [])
-            e, inverse = powers(s, seen[tile], 1)
-            parts.append(dot(e.astype(dtype), inputs(tile, g)[2], (1, 0)) * inverse)
+            e, inverse = powers(s, seen[tile])
+            v = operands(tile, g)[2][group.rows(i)]
+            parts.append(dot(v.astype(dtype), e.astype(dtype), (1, 0)) * inverse)
             if len(parts) == group.heads:
-                plan.write(out, tile, group, group.join(parts))
+                plan.write(out, tile, group, jnp.concatenate(parts, 0).T)
 
-        tasks = [
-            (tile, g, i)
-            for tile in tiles
-            for g, group in enumerate(plan.groups)
-            for i in range(group.heads)
-        ]
-        pipelined(tasks, logits, attend)
+        pipelined(plan.tasks(), logits, attend)
 
     return pl.pallas_call(
         body,

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from walt_jax.kernels.attention.tpu_plan import Group, Plan
+from walt_jax.kernels.attention.tpu_plan import Group, Plan, Tile
 
 Ref = Any
 Refs = dict[str, Ref]  # those of options that are not used are missing
+DEPTH = 4  # heads whose logits are there before the first's softmax
 EPS = 1e-6  # of the norm of queries and keys
 LOG2_E = math.log2(math.e)  # the softmax is one of powers of 2
 
@@ -42,38 +43,45 @@ class Inputs(NamedTuple):
     k_scale: jax.Array | None = None
 
 
-def specs(
-    plan: Plan, x: Inputs, transposed: bool
-) -> tuple[list[str], list[jax.Array], list[pl.BlockSpec]]:
-    """Names, arrays and block specs of the inputs; logits lie (keys, queries) if transposed."""
+def specs(plan: Plan, x: Inputs) -> tuple[list[str], list[jax.Array], list[pl.BlockSpec]]:
+    """Names, arrays and block specs of the inputs; logits lie (keys, queries)."""
     found: list[tuple[str, jax.Array, pl.BlockSpec]] = [("q", x.q, plan.of_queries())]
     if x.k is not None:
         found += [(name, getattr(x, name), plan.of_keys()) for name in "kv"]
     if x.bias is not None:
-        heads, _, keys = x.bias.shape
-        bias = x.bias.reshape(heads, plan.parts, plan.rows, keys)
-        bias = bias.swapaxes(2, 3) if transposed else bias
-        shape = (plan.heads, None, *bias.shape[2:])
+        bias = x.bias.reshape(plan.num_heads, plan.parts, plan.rows, plan.keys).swapaxes(2, 3)
+        shape = (plan.heads, None, plan.keys, plan.rows)
         found.append(("bias", bias, pl.BlockSpec(shape, lambda d, b, t, h, w, i: (d, i, 0, 0))))
     if x.ids is not None:
-        parts = {"q_ids": plan.rows if plan.parts > 1 else plan.length, "k_ids": plan.length}
-        for name, tokens in parts.items():
-            queries = name == "q_ids"
-            column = queries != transposed
-            shape = (tokens, 1) if column else (1, tokens)
-            ids = x.ids.reshape(*x.ids.shape[:4], -1, *shape)
-            found.append((name, ids, plan.of_ids(queries, column)))
+        for name, shape in (("q_ids", (plan.parts, 1, plan.rows)), ("k_ids", (1, plan.length, 1))):
+            ids = x.ids.reshape(*x.ids.shape[:4], *shape)
+            found.append((name, ids, plan.of_ids(name == "q_ids")))
     if x.extra_k is not None:
         found += [(name, getattr(x, name), plan.of_extra()) for name in ("extra_k", "extra_v")]
     if x.extra_seen is not None:
-        shape = (plan.keys, 1) if transposed else (1, plan.keys)
-        spec = pl.BlockSpec((None, *shape), lambda d, b, *_: (b, 0, 0))
-        found.append(("extra_seen", x.extra_seen.reshape(-1, *shape), spec))
+        spec = pl.BlockSpec((plan.tiles[0], plan.keys, 1), lambda d, b, *_: (b, 0, 0))
+        found.append(("extra_seen", x.extra_seen[..., None], spec))
     if x.q_scale is not None:
         spec = pl.BlockSpec((1, plan.lanes), lambda d, *_: (0, d))
         found += [(name, getattr(x, name), spec) for name in ("q_scale", "k_scale")]
     names, arrays, blocks = (list(column) for column in zip(*found))
     return names, arrays, blocks
+
+
+def pipelined(
+    tasks: Sequence[Any], first: Callable[[Any], Any], second: Callable[[Any, Any], None]
+) -> None:
+    """Runs `second(task, first(task))` of each task after `first` of the next DEPTH ones.
+
+    The compiler then has products of some heads to overlap with the softmax of another.
+    """
+    waiting: list[tuple[Any, Any]] = []
+    for task in tasks:
+        waiting.append((task, first(task)))
+        if len(waiting) > DEPTH:
+            second(*waiting.pop(0))
+    for task, found in waiting:
+        second(task, found)
 
 
 def dot(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
@@ -87,22 +95,17 @@ def dot(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
 
 def normalise(group: Group, x: jax.Array, scale: jax.Array) -> jax.Array:
     """Layer norm of each head (tokens, width) times its scale (1, width)."""
-    k = group.width // group.heads
-    parts = []
+    k, parts = group.width // group.heads, []
     for i in range(group.heads):
-        off = x - group.only(x, i).sum(-1, keepdims=True) * (1 / k)
-        variance = group.only(jnp.square(off), i).sum(-1, keepdims=True) * (1 / k)
-        parts.append(off * lax.rsqrt(variance + EPS))
+        tiles = x[:, group.touched(i)]
+        off = tiles - group.only(x, i).sum(-1, keepdims=True) * (1 / k)
+        own = group.mask(jnp.square(off), i)
+        parts.append(off * lax.rsqrt(own.sum(-1, keepdims=True) * (1 / k) + EPS))
     return group.join(parts) * scale
 
 
-def queries(plan: Plan, refs: Refs, tile: tuple[int, int], group: Group) -> jax.Array:
-    """The group's queries as the logits need them: float32 (tokens, width)."""
-    return ask(plan, refs, group)(plan.read(refs["q"], tile, group), *scales(refs, "q", group))
-
-
-def ask(plan: Plan, refs: Refs, group: Group) -> Callable[..., jax.Array]:
-    """The function of (queries, *scale) that gives `queries`."""
+def ask(plan: Plan, group: Group) -> Callable[..., jax.Array]:
+    """The function of (queries, *scale) that makes them what logits need, float32."""
 
     def function(q: jax.Array, *scale: jax.Array) -> jax.Array:
         q = normalise(group, q, *scale) if scale else q
@@ -116,35 +119,28 @@ def scales(refs: Refs, of: str, group: Group) -> list[jax.Array]:
     return [refs[name][:, group.lanes]] if name in refs else []
 
 
-def grid_and_extra(
-    plan: Plan, refs: Refs, name: str, tile: tuple[int, int], group: Group
-) -> jax.Array:
+def grid_and_extra(plan: Plan, refs: Refs, name: str, tile: Tile, group: Group) -> jax.Array:
     """Keys or values ("k" or "v"), extra ones last: float32 (keys, width)."""
     parts = [plan.read(refs[name], tile, group)] if name in refs else []
-    extra = refs.get(f"extra_{name}")
-    if extra is not None:
-        parts.append(extra[:, group.lanes].astype(jnp.float32))
+    if plan.extra:
+        extra = refs[f"extra_{name}"][tile[0], :, group.lanes]
+        parts.append(extra.astype(jnp.float32))
     return jnp.concatenate(parts, axis=0)
 
 
-def visible(
-    plan: Plan, refs: Refs, tile: tuple[int, int], part: jax.Array, transposed: bool
-) -> jax.Array | None:
-    """Which keys the part-th queries see, bool (queries, keys) or its transpose; None is all."""
+def visible(plan: Plan, refs: Refs, tile: Tile, part: jax.Array) -> jax.Array | None:
+    """Which keys the part-th queries see, bool (keys, queries); None is all."""
     conditions = []
-    if (seen := plan.visible(part, transposed)) is not None:
+    if (seen := plan.visible(part)) is not None:
         conditions.append(seen)
     if "q_ids" in refs:
-        q, k, axis = refs["q_ids"][tile], refs["k_ids"][tile], 0 if transposed else 1
+        q, k = refs["q_ids"][tile], refs["k_ids"][tile]
         if plan.extra:
-            shape = (plan.extra, 1) if transposed else (1, plan.extra)
-            k = jnp.concatenate([k, jnp.zeros(shape, k.dtype)], axis)
-            place = lax.broadcasted_iota(jnp.int32, k.shape, axis)
-            conditions.append((q == k) | (place >= plan.length))
-        else:
-            conditions.append(q == k)
+            k = jnp.concatenate([k, jnp.zeros((plan.extra, 1), k.dtype)], 0)
+        place = lax.broadcasted_iota(jnp.int32, k.shape, 0)
+        conditions.append((q == k) | (place >= plan.length))
     if "extra_seen" in refs:
-        conditions.append(refs["extra_seen"][...] != 0)
+        conditions.append(refs["extra_seen"][tile[0]] != 0)
     return functools.reduce(jnp.logical_and, conditions) if conditions else None
 
 
@@ -159,14 +155,16 @@ def quarantine(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array, jax.Ar
     return x + bad, jnp.where(bad == 0, x, 0), jnp.where(bad == 0, y, 0)
 
 
-def powers(logits: jax.Array, seen: jax.Array | None, axis: int) -> tuple[jax.Array, jax.Array]:
-    """2 to the logits, below 1, and 1 / their sum over keys; where no key is seen both are 0."""
-    if seen is not None:
-        logits = jnp.where(seen, logits, -jnp.inf)
-    most = logits.max(axis, keepdims=True)
-    if seen is not None:
-        most = jnp.where(most == -jnp.inf, 0.0, most)
-    e = jnp.exp2(logits - most)
-    total = e.sum(axis, keepdims=True)
-    inverse = 1 / total
-    return e, inverse if seen is None else jnp.where(total == 0, 0.0, inverse)
+def powers(logits: jax.Array, seen: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """2 to the logits (keys, queries), 1 at most, and 1 / their sum over keys (1, queries).
+
+    Where no key is seen both are 0.
+    """
+    if seen is None:
+        e = jnp.exp2(logits - logits.max(0, keepdims=True))
+        return e, 1 / e.sum(0, keepdims=True)
+    logits = jnp.where(seen, logits, -jnp.inf)
+    most = logits.max(0, keepdims=True)
+    e = jnp.exp2(logits - jnp.where(most == -jnp.inf, 0.0, most))
+    total = e.sum(0, keepdims=True)
+    return e, jnp.where(total == 0, 0.0, 1 / total)

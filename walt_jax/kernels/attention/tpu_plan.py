@@ -1,15 +1,15 @@
-"""How the TPU kernels of window attention divide the tokens and heads of a video.
+"""How the TPU kernels of window attention divide the tokens and heads of videos.
 
-A *tile* is what attends at a time: a window, or several small ones side by side, which a mask keeps
-apart, where a window is no block that a TPU can read. A step of the grid has some tiles, or some
-of the queries of one, and as many heads as fill a step.
+A *tile* is what attends at a time: a window, or several side by side, which a mask keeps apart,
+where a window is no block that a TPU can read or a very small one. A step of a kernel's grid has
+some tiles, or some of the queries of one, and some heads.
 """
 
 import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,14 +20,20 @@ from jax.experimental import pallas as pl
 from walt_jax.kernels.rows import LANES, divisor
 
 Grid = tuple[int, int, int]
-_STEP = 2**20  # logits of a step: fewer are lost in a step's own cost, more are too much code
-_MOST = 2**21  # logits of a step of all heads
+Tile = tuple[int, int, int]
+Task = tuple[Tile, int, int]
+# Logits of a step: fewer are lost in a step's own cost, more are too much code.
+FORWARD, BACKWARD = 2**21, 900_000
+_SMALL = 64  # tokens of a window below which a tile has several
 _QUERIES = 640  # tokens of a tile above which it is divided into parts of half as many queries
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Heads that share lanes: those of one tile of lanes, or a single one.
+    """The fewest heads that fill whole tiles of lanes.
+
+    A head may begin and end inside of a tile; contracted are all tiles that it touches, with
+    the other heads' lanes 0 in one operand. Transposed, heads are rows, and nothing is wasted.
 
     Attributes:
       start, width: lanes in a step's block.
@@ -44,32 +50,55 @@ class Group:
     def lanes(self) -> slice:
         return slice(self.start, self.start + self.width)
 
+    def rows(self, i: int) -> slice:
+        """The i-th head's lanes, or rows of a transposed (width, tokens)."""
+        k = self.width // self.heads
+        return slice(i * k, (i + 1) * k)
+
+    def touched(self, i: int) -> slice:
+        """The lanes of the tiles that the i-th head touches."""
+        own = self.rows(i)
+        stop = -(-own.stop // LANES) * LANES
+        return slice(own.start // LANES * LANES, min(stop, self.width))
+
     def only(self, x: jax.Array, i: int) -> jax.Array:
-        """x (..., width) with 0 in the lanes of other heads than the i-th."""
-        return x if self.heads == 1 else jnp.where(self._of(i), x, 0)
+        """Tiles of x (tokens, width) that the i-th head touches, 0 in other heads' lanes."""
+        return self.mask(x[:, self.touched(i)], i)
+
+    def mask(self, tiles: jax.Array, i: int) -> jax.Array:
+        """The tiles that the i-th head touches, 0 in other heads' lanes."""
+        touched = self.touched(i)
+        return tiles if self.rows(i) == touched else jnp.where(self._own(i, touched), tiles, 0)
 
     def join(self, parts: Sequence[jax.Array]) -> jax.Array:
-        """The i-th head's lanes of the i-th part."""
-        out = parts[0]
-        for i, part in enumerate(parts[1:], 1):
-            out = jnp.where(self._of(i), part, out)
-        return out
+        """(tokens, width) of the heads' own lanes of the i-th head's tiles, parts[i]."""
+        joined = []
+        for start in range(0, self.width, LANES):
+            tile = slice(start, min(start + LANES, self.width))
+            out = None
+            for i, part in enumerate(parts):
+                tiles = self.touched(i)
+                if tiles.start < tile.stop and tile.start < tiles.stop:
+                    here = part[:, tile.start - tiles.start : tile.stop - tiles.start]
+                    out = here if out is None else jnp.where(self._own(i, tile), here, out)
+            joined.append(out)
+        return jnp.concatenate(joined, axis=1)
 
-    def _of(self, i: int) -> jax.Array:
-        lane, k = lax.broadcasted_iota(jnp.int32, (1, self.width), 1), self.width // self.heads
-        return (lane >= i * k) & (lane < (i + 1) * k)
+    def _own(self, i: int, lanes: slice) -> jax.Array:
+        lane, own = lax.broadcasted_iota(jnp.int32, (1, lanes.stop - lanes.start), 1), self.rows(i)
+        return (lane >= own.start - lanes.start) & (lane < own.stop - lanes.start)
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A division of the work; the kernel's grid is (lane blocks, B, T, H, W, query blocks).
+    """A division of the work; a kernel's grid is (lane blocks, B, T, H, W, query blocks).
 
     Attributes:
-      grid: (T, H, W) of the video.
+      grid: (T, H, W) of the videos.
       block: the window.
-      tile: windows that are read together.
-      tiles: of a step, in T and H.
-      queries: frames and rows of a tile that are queries at a time.
+      tile: the windows that are read together.
+      tiles: of a step, in B, T and H.
+      queries: frames and rows of a tile that ask at a time.
       num_heads, head_width: of the whole.
       lanes: of a step.
       extra: keys beside the grid's.
@@ -80,7 +109,7 @@ class Plan:
     grid: Grid
     block: Grid
     tile: Grid
-    tiles: tuple[int, int]
+    tiles: Tile
     queries: tuple[int, int]
     num_heads: int
     head_width: int
@@ -90,11 +119,6 @@ class Plan:
     has_grid: bool
 
     @property
-    def name(self) -> str:
-        """Of the kernels, in profiles and compiled programs."""
-        return f"window_attention_{'x'.join(map(str, self.block))}"
-
-    @functools.cached_property
     def length(self) -> int:
         """Tokens of a tile."""
         return math.prod(self.tile)
@@ -105,9 +129,14 @@ class Plan:
         return math.prod(self.queries) * self.tile[2]
 
     @property
+    def own_keys(self) -> int:
+        """Keys of the grid in a tile."""
+        return self.length * self.has_grid
+
+    @property
     def keys(self) -> int:
-        """Keys of a tile, extra ones after the grid's."""
-        return self.length * self.has_grid + self.extra
+        """Keys of a tile, extra ones last."""
+        return self.own_keys + self.extra
 
     @property
     def parts(self) -> int:
@@ -119,13 +148,11 @@ class Plan:
         """Heads of a step."""
         return self.lanes // self.head_width
 
-    @property
+    @functools.cached_property
     def groups(self) -> list[Group]:
-        k = self.head_width
-        if LANES % k:
-            return [Group(i * k, k, i, 1) for i in range(self.heads)]
-        starts = range(0, self.lanes, LANES)
-        widths = [min(LANES, self.lanes - start) for start in starts]
+        k, most = self.head_width, math.lcm(self.head_width, LANES)
+        starts = range(0, self.lanes, most)
+        widths = [min(most, self.lanes - start) for start in starts]
         return [Group(s, w, s // k, w // k) for s, w in zip(starts, widths)]
 
     @property
@@ -133,38 +160,41 @@ class Plan:
         """Whether a tile has several windows."""
         return self.tile != self.block
 
-    @property
-    def num_steps(self) -> tuple[int, int, int]:
-        """In T, H and W."""
-        t, h, w = (g // n for g, n in zip(self.grid, self.tile))
-        return t // self.tiles[0], h // self.tiles[1], w
-
     def pallas_grid(self, batch: int) -> tuple[int, ...]:
         blocks = self.num_heads * self.head_width // self.lanes
-        return blocks, batch, *self.num_steps, self.parts
+        sizes = batch, self.grid[0] // self.tile[0], self.grid[1] // self.tile[1]
+        steps = (n // m for n, m in zip(sizes, self.tiles))
+        return blocks, *steps, self.grid[2] // self.tile[2], self.parts
 
-    def each_tile(self) -> Iterator[tuple[int, int]]:
+    def tasks(self) -> list[Task]:
+        """(tile, group, head of the group) of a step."""
+        heads = [(g, i) for g, group in enumerate(self.groups) for i in range(group.heads)]
+        return [(tile, *head) for tile in self.each_tile() for head in heads]
+
+    def each_tile(self) -> Iterator[Tile]:
         return itertools.product(*map(range, self.tiles))
 
-    def read(self, ref: Any, tile: tuple[int, int], group: Group) -> jax.Array:
-        """A tile's (or its queries') lanes of a group: (tokens, width) of a block."""
+    def read(self, ref: Any, tile: Tile, group: Group) -> jax.Array:
+        """A group's lanes of a tile or of its queries: float32 (tokens, width)."""
         x = ref[*self._at(ref, tile), :, group.lanes]
-        # Rows of half a tile of bfloat16 move in float32.
+        # A row may be half a tile of bfloat16, of which tokens are no whole number; of float32 not.
         return x.astype(jnp.float32).reshape(-1, group.width)
 
-    def write(self, ref: Any, tile: tuple[int, int], group: Group, x: jax.Array) -> None:
+    def write(self, ref: Any, tile: Tile, group: Group, x: jax.Array) -> None:
+        """The reverse of `read`, in ref's dtype."""
         at = self._at(ref, tile)
-        shape = (*(s.stop - s.start for s in at), self.tile[2], group.width)
-        ref[*at, :, group.lanes] = x.reshape(shape).astype(ref.dtype)
+        sizes = [s.stop - s.start for s in at[1:]]
+        ref[*at, :, group.lanes] = x.reshape(*sizes, *ref.shape[3:4], group.width).astype(ref.dtype)
 
-    def _at(self, ref: Any, tile: tuple[int, int]) -> list[slice]:
+    def _at(self, ref: Any, tile: Tile) -> tuple[Any, ...]:
         sizes = [n // m for n, m in zip(ref.shape, self.tiles)]
-        return [slice(i * n, (i + 1) * n) for i, n in zip(tile, sizes)]
+        _, t, h = (slice(i * n, (i + 1) * n) for i, n in zip(tile, sizes))
+        return tile[0], t, h
 
     def of_keys(self) -> pl.BlockSpec:
         """Tokens of (B, T, H, W, D): the tiles of a step."""
-        (t, h, w), (nt, nh) = self.tile, self.tiles
-        shape = (None, nt * t, nh * h, w, self.lanes)
+        (t, h, w), (nb, nt, nh) = self.tile, self.tiles
+        shape = (nb, nt * t, nh * h, w, self.lanes)
         return pl.BlockSpec(shape, lambda d, b, t, h, w, i: (b, t, h, w, d))
 
     def of_queries(self) -> pl.BlockSpec:
@@ -175,37 +205,32 @@ class Plan:
 
         def index(*ids: Any) -> tuple[Any, ...]:
             d, b, t, h, w, i = ids
-            row = jnp.int32(wh // ch)
-            return b, t * (wt // ct) + lax.div(i, row), h * (wh // ch) + lax.rem(i, row), w, d
+            down = jnp.int32(wh // ch)
+            return b, t * (wt // ct) + lax.div(i, down), h * (wh // ch) + lax.rem(i, down), w, d
 
-        return pl.BlockSpec((None, ct, ch, ww, self.lanes), index)
+        return pl.BlockSpec((1, ct, ch, ww, self.lanes), index)
 
     def of_extra(self) -> pl.BlockSpec:
         """Of (B, M, D)."""
-        return pl.BlockSpec((None, self.extra, self.lanes), lambda d, b, *_: (b, 0, d))
+        shape = (self.tiles[0], self.extra, self.lanes)
+        return pl.BlockSpec(shape, lambda d, b, *_: (b, 0, d))
 
-    def of_ids(self, queries: bool, column: bool) -> pl.BlockSpec:
-        """Of (B, tiles in T, in H, in W, parts, tokens, 1) or with the last two exchanged."""
-        whole = not queries or self.parts == 1
-        n = self.length if whole else self.rows
-        shape = (n, 1) if column else (1, n)
+    def of_ids(self, queries: bool) -> pl.BlockSpec:
+        """Of (B, tiles in T, in H, in W, parts, 1, queries) or (..., 1, keys, 1)."""
+        shape = (1, self.rows) if queries else (self.length, 1)
 
         def index(*ids: Any) -> tuple[Any, ...]:
             _, b, t, h, w, i = ids
-            return b, t, h, w, 0 if whole else i, 0, 0
+            return b, t, h, w, i if queries else 0, 0, 0
 
-        return pl.BlockSpec((None, *self.tiles, None, None, *shape), index)
+        return pl.BlockSpec((*self.tiles, None, None, *shape), index)
 
-    def visible(self, part: jax.Array, transposed: bool) -> jax.Array | None:
-        """Which keys the part-th queries see by place and time: bool (queries, keys) or its
-        transpose; None is all."""
+    def visible(self, part: jax.Array) -> jax.Array | None:
+        """Which keys the part-th queries see by place and time, bool (keys, queries)."""
         if not self.has_grid or not (self.merged or self.frames):
             return None
-        queries, keys = (self.rows, 1), (1, self.keys)
-        if transposed:
-            queries, keys = queries[::-1], keys[::-1]
-        q = lax.broadcasted_iota(jnp.int32, queries, int(transposed)) + part * self.rows
-        k = lax.broadcasted_iota(jnp.int32, keys, int(not transposed))
+        k = lax.broadcasted_iota(jnp.int32, (self.keys, 1), 0)
+        q = lax.broadcasted_iota(jnp.int32, (1, self.rows), 1) + part * self.rows
         here = self._window(q) == self._window(k) if self.merged else True
         if self.frames:
             age = self._frame(q) - self._frame(k)
@@ -223,40 +248,37 @@ class Plan:
 
     def vmem(self, itemsize: int) -> int:
         """Bytes that the gradient's kernel holds, without a bias."""
-        tokens = self.tiles[0] * self.tiles[1] * self.length
-        asked, known = tokens // self.parts, tokens * self.has_grid
-        moving = 2 * itemsize * self.lanes * (3 * asked + 4 * known)
-        moving += 2 * (2 * itemsize + 8) * self.lanes * self.extra
+        tokens = math.prod(self.tiles) * self.length
+        moving = 2 * itemsize * self.lanes * tokens * (3 / self.parts + 4 * self.has_grid)
+        moving += 2 * (2 * itemsize + 8) * self.lanes * self.tiles[0] * self.extra
         sums = 8 * self.lanes * self.keys if self.parts > 1 else 0
         operands = 8 * 4 * LANES * (self.rows + self.keys)
-        return moving + sums + operands + 8 * 4 * self.rows * self.keys
+        return int(moving) + sums + operands + 8 * 4 * self.rows * self.keys
 
 
 def make_plan(
-    grid: Sequence[int],
-    d: int,
+    shape: Sequence[int],
     num_heads: int,
     block: Sequence[int],
+    most: int,
     *,
     extra: int = 0,
     frames: int = 0,
     has_grid: bool = True,
 ) -> Plan:
-    """The plan for windows `block` of (T, H, W) with `num_heads` in D lanes."""
+    """The plan for windows `block` of (B, T, H, W, D), `most` logits a step."""
+    batch, *grid, d = shape
     tile = _tile(tuple(grid), tuple(block))
-    length = math.prod(tile)
-    queries = _queries(tile)
+    length, queries = math.prod(tile), _queries(tile)
     rows, keys = math.prod(queries) * tile[2], length * has_grid + extra
     k = d // num_heads
     whole = math.lcm(k, LANES)
     widths = [d] + [w for w in range(d - 1, 0, -1) if d % w == 0 and w % whole == 0]
-    lanes = next((w for w in widths if w // k * rows * keys <= _MOST), widths[-1])
-    tiles = (1, 1)
+    lanes = next((w for w in widths if w // k * rows * keys <= most), widths[-1])
+    tiles = (1, 1, 1)
     if rows == length:
-        most = max(1, _STEP // (lanes // k * rows * keys))
-        down = grid[1] // tile[1]
-        high = divisor(down, most)
-        tiles = divisor(grid[0] // tile[0], max(1, most // high)) if high == down else 1, high
+        more = max(1, most // (lanes // k * rows * keys))
+        tiles = _tiles((batch, grid[0] // tile[0], grid[1] // tile[1]), more)
     sizes = tile, tiles, queries, num_heads, k, lanes, extra, frames, has_grid
     return Plan(tuple(grid), tuple(block), *sizes)
 
@@ -265,10 +287,19 @@ def _tile(grid: Grid, block: Grid) -> Grid:
     (_, height, width), (t, h, w) = grid, block
     columns = [n for n in range(w, width + 1, w) if width % n == 0 and n % 8 == 0]
     columns = columns[0] if columns else width
-    if math.prod(block) >= 64:
+    if math.prod(block) >= _SMALL:
         return t, h, columns
     rows = [n for n in range(h, height + 1, h) if height % n == 0 and t * n * columns <= LANES]
     return t, rows[-1] if rows else h, columns
+
+
+def _tiles(number: Tile, most: int) -> Tile:
+    """How many of the tiles in B, T and H a step has: neighbours first."""
+    found = []
+    for n in reversed(number):
+        found.append(divisor(n, most))
+        most //= found[-1]
+    return tuple(reversed(found))
 
 
 def _queries(tile: Grid) -> tuple[int, int]:
@@ -279,19 +310,3 @@ def _queries(tile: Grid) -> tuple[int, int]:
     if h * w <= _QUERIES:
         return divisor(t, max(1, _QUERIES // 2 // (h * w))), h
     return 1, divisor(h, max(1, _QUERIES // 2 // w))
-
-
-def pipelined(
-    tasks: Sequence[Any], first: Callable[[Any], Any], second: Callable[..., None]
-) -> None:
-    """Runs `second(task, first(task))` of each task after the next one's `first`.
-
-    The compiler then has products of one head to overlap with the softmax of another.
-    """
-    before = None
-    for task in tasks:
-        now = task, first(task)
-        if before is not None:
-            second(*before)
-        before = now
-    second(*before)
