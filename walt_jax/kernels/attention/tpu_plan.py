@@ -119,6 +119,11 @@ class Plan:
     has_grid: bool
 
     @property
+    def name(self) -> str:
+        """Of the kernels, in profiles and compiled programs."""
+        return f"window_attention_{'x'.join(map(str, self.block))}"
+
+    @property
     def length(self) -> int:
         """Tokens of a tile."""
         return math.prod(self.tile)
