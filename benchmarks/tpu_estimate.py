@@ -98,7 +98,12 @@ def estimate(
       TooLarge: the compiler finds no room for the program.
       ValueError: a loop without a constant bound.
     """
-    exported = jax.export.export(jax.jit(function), platforms=["tpu"])(*arguments)
+    leaves, structure = jax.tree.flatten(arguments)
+
+    def flat(*leaves: Any) -> list[Any]:  # a program's file takes no trees with other keys than str
+        return jax.tree.leaves(function(*jax.tree.unflatten(structure, leaves)))
+
+    exported = jax.export.export(jax.jit(flat), platforms=["tpu"])(*leaves)
     price = functools.partial(_price_kernels, exported, chip) if walk else lambda kernels: {}
     return of_compiled(_compile(exported, chip), price)
 
