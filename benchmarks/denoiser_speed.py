@@ -280,7 +280,9 @@ def passes(
 ) -> Iterator[tuple[str, Callable, tuple[Any, ...], float]]:
     """What is priced of a size: (name, function, shapes, model FLOPs)."""
     network = Network.of(lambda rngs: Denoiser(config, rngs=rngs))
-    plain = dataclasses.replace(config, remat=False)  # recomputation is no work of the model's
+    plain = dataclasses.replace(
+        config, remat=False, attention="xla"
+    )  # recomputation is no work of the model's
     exact = Network.of(lambda rngs: Denoiser(plain, rngs=rngs))
     z = jax.ShapeDtypeStruct((clips, *config.grid, config.latent_channels), jnp.float32)
     t = jax.ShapeDtypeStruct((clips,), jnp.int32)

@@ -131,7 +131,7 @@ def of_compiled(
         kind = program.kind(i)
         cycles[i.name] = times * priced.get(i.name, i.cycles)
         kinds[kind] += cycles[i.name]
-        if kind == "collectives":
+        if kind == "collectives" and not i.operation.endswith("-done"):
             moved[i.operation.removesuffix("-start")] += times * i.bytes
     memory = compiled.memory_analysis()
     return Estimate(
@@ -212,13 +212,13 @@ class Instruction:
 
     @property
     def bytes(self) -> int:
-        """Of the result; of a pair, as an asynchronous start gives, of its last array."""
+        """Of the result; an asynchronous start gives its operands too, which do not count."""
         result = self.text.split(f" {self.operation}(")[0]
-        arrays = re.findall(r"\b([a-z]+)(\d+)\w*\[([\d,]*)\]", result)
-        if not arrays:
-            return 0
-        _, bits, sizes = arrays[-1]
-        return int(bits) // 8 * math.prod(int(n) for n in sizes.split(",") if n)
+        arrays = [
+            int(bits) // 8 * math.prod(map(int, sizes.split(",")))
+            for bits, sizes in re.findall(r"\b[a-z]+(\d+)\w*\[([\d,]+)\]", result)
+        ]
+        return sum(arrays[len(arrays) // 2 :] if self.operation.endswith("-start") else arrays)
 
     @property
     def kernel(self) -> str:

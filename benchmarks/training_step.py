@@ -46,15 +46,17 @@ from walt_jax.training.program import Program
 
 def main() -> None:
     jax.config.update("jax_platforms", "cpu")
-    args, rest = _parser().parse_known_args()
-    record = price(args, [option.removeprefix("--config.") for option in rest])
+    args, overrides = cli.parse(_parser())
+    record = price(args, overrides)
     if args.json:
         args.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", default="configs/walt_ucf101.py:l")
     parser.add_argument("--topology", default="v5e:4x4")
@@ -79,6 +81,8 @@ def price(args: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:
     experiment = config_lib.build(Experiment, values)
     if not isinstance(experiment.task, DenoiserTask):
         raise UserError(f"{args.config} trains no denoiser.")
+    if experiment.images is not None or experiment.task.model.upsampling is not None:
+        raise UserError(f"{args.config} trains on more than cached latents of videos.")
     mesh = make_mesh(_mesh(args.mesh, len(chips)), chips)
     program, inputs = Program(experiment, mesh), stand_ins(experiment)
     compiled = program.lower(*inputs).compile()
@@ -119,7 +123,7 @@ class Prices:
     """Cycles of the kernels of window attention, each priced on a few clips and scaled."""
 
     def __init__(self, model: DenoiserConfig, chip: str, clips: int, priced: int) -> None:
-        layers = len(model.windows) if model.order == "alternate" else 1
+        layers = len(model.windows) if model.order in ("alternate", "stages") else 1
         self._model = dataclasses.replace(model, num_layers=layers, skips=False)
         self._chip, self._clips, self._priced = chip, clips, priced
 

@@ -199,7 +199,7 @@ def claim_workdir(
     path = epath.Path(workdir) / RESOLVED
     ours = to_dict(config)
     if path.exists() and not replace:
-        theirs = json.loads(path.read_text())
+        theirs = _with_defaults(type(config), json.loads(path.read_text()))
         if diff := differences(theirs, ours):
             lines = "; ".join(f"{k}: {a!r} -> {b!r}" for k, (a, b) in diff.items())
             raise UserError(
@@ -212,6 +212,14 @@ def claim_workdir(
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(ours, indent=2) + "\n")
     temporary.replace(path)
+
+
+def _with_defaults(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    """A config written before a key existed has that key's default."""
+    try:
+        return to_dict(build(cls, values))
+    except UserError:  # keys that are no more: a difference to be told
+        return values
 
 
 def read_resolved(workdir: str | Path) -> dict[str, Any]:

@@ -251,6 +251,8 @@ def test_what_fits():
                 block = resolve_window(grid, window)
                 assert fits(grid, 16 * width, 16, block, bf16, extra=77), (grid, window, width)
     assert fits((5, 16, 28), 1024, 16, (5, 8, 14), bf16)
+    assert not fits((5, 16, 28), 1408, 16, (5, 8, 14), bf16, bias=True)  # its gradient alone 77 MiB
+    assert fits((5, 16, 16), 1024, 16, (5, 8, 8), bf16, bias=True)
     assert fits((5, 16, 16), 1024, 16, (5, 16, 16), bf16)
     assert not fits((17, 64, 64), 1024, 16, (17, 64, 64), bf16)  # beyond VMEM
     assert not fits((5, 16, 16), 1000, 10, (1, 16, 16), bf16)

@@ -23,8 +23,8 @@ MESHES = {
 }
 
 
-def _inputs(window, *, bias=False, text=False, ids=False):
-    keys = iter(jax.random.split(jax.random.key(0), 8))
+def _inputs(window, *, bias=False, text=False, ids=False, norm=False):
+    keys = iter(jax.random.split(jax.random.key(0), 10))
     shape = (2, *GRID, WIDTH)
     given = {"qkv": tuple(jax.random.normal(next(keys), shape) for _ in range(3))}
     if bias:
@@ -34,6 +34,8 @@ def _inputs(window, *, bias=False, text=False, ids=False):
         mask = jnp.array([[True, True, False], [True, False, False]])
         k, v = (jax.random.normal(next(keys), (2, 3, WIDTH)) for _ in range(2))
         given["extra_kv"] = ExtraKv(k, v, mask)
+    if norm:
+        given["qk_norm"] = tuple(jax.random.normal(next(keys), (WIDTH // HEADS,)) for _ in range(2))
     if ids:
         given["segment_ids"] = jax.random.randint(next(keys), shape[:-1], 0, 2)
     return given
@@ -49,7 +51,7 @@ def _loss(attention, inexact, rest, window, **options):
 
 
 def _run(attention, given, window, **options):
-    inexact = {k: v for k, v in given.items() if k in ("qkv", "bias")}
+    inexact = {k: v for k, v in given.items() if k in ("qkv", "bias", "qk_norm")}
     rest = {k: v for k, v in given.items() if k == "segment_ids"}
     if "extra_kv" in given:
         inexact["extra_kv"], rest["mask"] = given["extra_kv"][:2], given["extra_kv"].mask
@@ -62,10 +64,10 @@ def _run(attention, given, window, **options):
 @pytest.mark.parametrize(
     ("window", "options"),
     [
-        (SPATIAL, {"bias": True}),
+        (SPATIAL, {"bias": True, "norm": True}),
         (BLOCKS, {"bias": True, "text": True}),
         (TEMPORAL, {"ids": True}),
-        (FULL, {"text": True, "ids": True}),
+        (FULL, {"text": True, "ids": True, "norm": True}),
     ],
 )
 def test_a_mesh_changes_nothing(window, options, mesh):
@@ -105,7 +107,17 @@ def test_what_does_not_divide_is_one_sentence():
     with pytest.raises(UserError, match=r"\(1, 0, 0\).*1 rows.*context 8.*4 heads"):
         sharded_attention(mesh, q, q, q, num_heads=HEADS, window=SPATIAL)
     mesh = make_mesh(MeshConfig(data=1, tensor=8))
-    with pytest.raises(UserError, match=r"tensor 8 does not divide 4 heads"):
+    with pytest.raises(UserError, match=r"tensor 8 does not divide the 4 heads"):
         sharded_attention(mesh, q, q, q, num_heads=HEADS, window=SPATIAL)
+    six = jnp.zeros((2, 3, 6, 4, WIDTH))
+    with pytest.raises(UserError, match="context 8 does not divide the 6 rows"):
+        sharded_attention(
+            make_mesh(MeshConfig(data=1, context=8)),
+            six,
+            six,
+            six,
+            num_heads=HEADS,
+            window=TEMPORAL,
+        )
     with pytest.raises(UserError, match="does not tile"):
         sharded_attention(mesh, q, q, q, num_heads=HEADS, window=(0, 3, 4))

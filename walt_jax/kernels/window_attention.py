@@ -82,6 +82,8 @@ def window_attention(
         raise UserError(f"No implementation {implementation!r} of window attention: {names}.")
     _check(q, k, v, num_heads, causal, extra_kv)
     block = resolve_window(q.shape[1:4], window)
+    if extra_kv is not None and k is not None and extra_kv[0].shape[1] == 0:
+        extra_kv = None
     _check_options(q, num_heads, math.prod(block), k is not None, bias, segment_ids, qk_norm)
     k, v = (x if x is None else x.astype(q.dtype) for x in (k, v))
     if extra_kv is not None:
@@ -105,10 +107,10 @@ def _by_kernel(
         from walt_jax.kernels.attention import gpu as kernel
     else:
         from walt_jax.kernels.attention import tpu as kernel
-    q, extra_kv = inputs[0], inputs[5]
+    q, bias, extra_kv = inputs[0], inputs[3], inputs[5]
     grid, d, block, heads = q.shape[1:4], q.shape[4], options["block"], options["num_heads"]
     extra = 0 if extra_kv is None else extra_kv[0].shape[1]
-    fits = kernel.fits(grid, d, heads, block, q.dtype, extra=extra)
+    fits = kernel.fits(grid, d, heads, block, q.dtype, extra=extra, bias=bias is not None)
     run = functools.partial(kernel.attention, **options)
     if implementation is None:
         plain = functools.partial(xla.attention, **options)
@@ -133,7 +135,7 @@ def _check(
     extra_kv: ExtraKv | None,
 ) -> None:
     """Queries, keys and values fit together."""
-    if q.ndim != 5 or q.shape[-1] % num_heads:
+    if q.ndim != 5 or num_heads < 1 or q.shape[-1] % num_heads:
         raise UserError(
             f"Window attention takes q as (B, T, H, W, D), D a multiple of {num_heads} heads; "
             f"it is {q.shape}."

@@ -9,8 +9,7 @@ import numpy as np
 from flax import nnx
 
 from walt_jax.errors import UserError
-from walt_jax.models.denoiser.layers import Affine, Attention, linear
-from walt_jax.parallel import Layout
+from walt_jax.models.denoiser.layers import Affine, Attention, gelu, linear
 
 _FULL = (0, 0, 0)
 
@@ -59,16 +58,11 @@ class ByteEncoder(nnx.Module):
         self.layers = nnx.List([_Layer(config, rngs) for _ in range(config.num_layers)])
         self.norm = Affine(config.width, rngs)
 
-    def __call__(
-        self,
-        text: jax.Array,
-        layout: Layout = Layout(),  # noqa: B008
-    ) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, text: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Encodes.
 
         Args:
           text: uint8 (B, M), bytes; 0 is padding.
-          layout: where activations lie on the mesh.
 
         Returns:
           Tokens (B, M, width), and bool (B, M), False where a token is padding.
@@ -86,7 +80,7 @@ class ByteEncoder(nnx.Module):
         x = self.byte_embedding[...][text.astype(jnp.int32)] + self.place_embedding[...][:length]
         x = x.astype(self.config.dtype)[:, None, None]  # a sequence as a grid of one row
         for layer in self.layers:
-            x = layer(x, mask[:, None, None], layout)
+            x = layer(x, mask[:, None, None])
         return self.norm(x)[:, 0, 0], mask
 
 
@@ -104,11 +98,12 @@ class _Layer(nnx.Module):
             qk_norm=True,
             dtype=dtype,
             rngs=rngs,
+            implementation="xla",  # so small that the partitioner may divide it as it likes
         )
         self.norms = nnx.List([Affine(width, rngs), Affine(width, rngs)])
         self.up = linear(width, 4 * width, dtype, rngs)
         self.down = linear(4 * width, width, dtype, rngs)
 
-    def __call__(self, x: jax.Array, mask: jax.Array, layout: Layout) -> jax.Array:
-        x = x + self.attention(self.norms[0](x), layout, segment_ids=mask.astype(jnp.int32))
-        return x + self.down(nnx.gelu(self.up(self.norms[1](x))))
+    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+        x = x + self.attention(self.norms[0](x), segment_ids=mask.astype(jnp.int32))
+        return x + self.down(gelu(self.up(self.norms[1](x))))

@@ -35,8 +35,9 @@ def sharded_attention(
     before the attention and back after it, by one all-to-all each way.
 
     Raises:
-      UserError: `tensor` does not divide the heads; or a window has rows on several devices and
-        `context` does not divide the heads that are left.
+      UserError: the window does not tile the grid; `tensor` does not divide the heads, or `context`
+        the rows; or a window has rows on several devices and `context` does not divide the heads
+        that `tensor` leaves.
     """
     if mesh is None or mesh.size == 1:
         options |= {"bias": bias, "segment_ids": segment_ids, "extra_kv": extra_kv}
@@ -44,7 +45,12 @@ def sharded_attention(
         return window_attention(q, k, v, **options)
     entries = tuple(divisible((*TOKENS, None, "tensor"), q.shape, mesh))
     block = resolve_window(q.shape[1:4], window)
-    rows = q.shape[2] // (1 if entries[2] is None else mesh.shape["context"])
+    context, height = mesh.shape["context"], q.shape[2]
+    if k is not None and height > 1 and height % context:
+        raise UserError(
+            f"config.mesh.context {context} does not divide the {height} rows of tokens."
+        )
+    rows = height // (1 if entries[2] is None else context)
     if k is None:  # each token for itself
         block = (1, rows, q.shape[3])
     exchanged = rows % block[1] != 0
@@ -93,9 +99,14 @@ def _to_heads(qkv: Sequence[jax.Array]) -> Sequence[jax.Array]:
 
 def _misfit(num_heads: int, window: Sequence[int], rows: int, tensor: int, context: int = 1) -> str:
     if num_heads % tensor:
-        return f"config.mesh.tensor {tensor} does not divide {num_heads} heads of attention."
+        return (
+            f"config.mesh.tensor {tensor} does not divide the {num_heads} heads of attention in "
+            f"windows of {tuple(window)}: set it to a divisor of them."
+        )
+    left = num_heads // tensor
+    fits = ", ".join(str(n) for n in range(1, left + 1) if left % n == 0)
     return (
         f"The window {tuple(window)} has more than the {rows} rows of tokens that a device has "
-        f"with config.mesh.context {context}, and {context} does not divide the "
-        f"{num_heads // tensor} heads either: choose a context that divides one of them."
+        f"with config.mesh.context {context}, and this does not divide the {left} heads that "
+        f"tensor {tensor} leaves: a context of {fits} would."
     )

@@ -145,7 +145,9 @@ class DenoiserTask(Task, name="denoiser"):
             )
 
     def plain(self) -> "DenoiserTask":
-        return dataclasses.replace(self, model=dataclasses.replace(self.model, remat=False))
+        return dataclasses.replace(
+            self, model=dataclasses.replace(self.model, remat=False, attention="xla")
+        )
 
     def loss(
         self,
@@ -261,7 +263,7 @@ class DenoiserTask(Task, name="denoiser"):
             keys.shape[0], min(0.05, self.low_noise) if low_noise is None else low_noise
         )
         said, scales = wanted.steps(self.model.num_classes, guidance, given_guidance)
-        told = [self._conditions(params, w, keys, share, layout) for w in said]
+        told = [self._conditions(params, w, keys, share) for w in said]
 
         def predict(
             x: jax.Array, t: jax.Array, estimate: jax.Array, conditions: Conditions
@@ -320,17 +322,12 @@ class DenoiserTask(Task, name="denoiser"):
         )
 
     def _conditions(
-        self,
-        params: PyTree,
-        wanted: Wanted,
-        keys: jax.Array,
-        low_noise: jax.Array,
-        layout: Layout,
+        self, params: PyTree, wanted: Wanted, keys: jax.Array, low_noise: jax.Array
     ) -> Conditions:
         """What the network is told; `low_noise` (B,) is the share of time of the noise on `low`."""
         text = mask = low = low_time = None
         if wanted.text is not None:
-            text, mask = self.text_network.bind(params[TEXT])(wanted.text, layout)
+            text, mask = self.text_network.bind(params[TEXT])(wanted.text)
         if wanted.low is not None:
             process = self.diffusion.process
             low_time = low_noise * (process.num_timesteps - 1)
@@ -367,7 +364,7 @@ class DenoiserTask(Task, name="denoiser"):
         """The loss of each clip; `told` bool (B,), which are told the network's own estimate."""
         eps = standard_normal(keys, x0.shape[1:])
         x_t = self.diffusion.add_noise(x0, eps, t)
-        conditions = self._conditions(params, wanted, keys, low_noise, layout)
+        conditions = self._conditions(params, wanted, keys, low_noise)
         if self.model.self_conditioning and self.self_conditioning > 0:
             fixed = jax.lax.stop_gradient((params, conditions))
             guess = self._predict(fixed[0], x_t, t, fixed[1], layout)

@@ -46,7 +46,7 @@ def _equation(eqn: core.JaxprEqn) -> float:
         return _convolution(eqn)
     if name == "cond":
         branches = [branch.jaxpr for branch in params["branches"]]
-        if params["branches_platforms"]:  # the last is the plain one, others may do more
+        if params.get("branches_platforms"):  # the last is the plain one, others may do more
             return _count(branches[-1])
         return max(map(_count, branches))
     inner = sum(_count(j) for j in map(_jaxpr, params.values()) if j is not None)

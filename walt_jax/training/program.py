@@ -26,6 +26,7 @@ class Program:
 
     Attributes:
       task, layout: of the experiment, of the mesh.
+      shardings: of the state.
       abstract: the state as ShapeDtypeStructs with shardings.
     """
 

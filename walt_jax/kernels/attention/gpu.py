@@ -36,9 +36,10 @@ def fits(
     dtype: jnp.dtype,
     *,
     extra: int = 0,
+    bias: bool = False,
 ) -> bool:
     """Whether the kernels take it: heads of up to 128 features of 16 or 32 bits, all windows."""
-    del grid, block, extra
+    del grid, block, extra, bias
     return d // num_heads <= LANES[1] and jnp.dtype(dtype).itemsize in (2, 4)
 
 

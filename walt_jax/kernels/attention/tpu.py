@@ -10,7 +10,7 @@ import numpy as np
 
 from walt_jax.kernels.attention.tpu_backward import backward
 from walt_jax.kernels.attention.tpu_forward import forward
-from walt_jax.kernels.attention.tpu_heads import LOG2_E, Inputs
+from walt_jax.kernels.attention.tpu_heads import Inputs
 from walt_jax.kernels.attention.tpu_plan import BACKWARD, FORWARD, Plan, make_plan
 from walt_jax.kernels.rows import LANES, params
 
@@ -25,6 +25,7 @@ def fits(
     dtype: jnp.dtype,
     *,
     extra: int = 0,
+    bias: bool = False,
 ) -> bool:
     """Whether the kernels take windows of such a shape, forward and backward.
 
@@ -35,12 +36,13 @@ def fits(
       block: the window, no zeros.
       dtype: of q, k and v.
       extra: how many keys there are beside the grid's.
+      bias: whether there is one.
     """
     dtype = jnp.dtype(dtype)
     if dtype not in (jnp.bfloat16, jnp.float32) or d % LANES or d // num_heads % 8:
         return False
     plan = make_plan((1, *grid, d), num_heads, block, BACKWARD, extra=_padded(extra))
-    return plan.vmem(dtype.itemsize) <= params().vmem_limit_bytes * 7 // 8
+    return plan.vmem(dtype.itemsize, bias) <= params().vmem_limit_bytes * 7 // 8
 
 
 def attention(
@@ -120,13 +122,12 @@ def _padded(extra: int) -> int:
 
 
 def _of_tile(plan: Plan, bias: jax.Array) -> jax.Array:
-    """The bias of all windows of a tile, and 0 of extra keys, in powers of 2."""
+    """The bias of all windows of a tile, and 0 of extra keys."""
     if plan.merged:
         places = np.stack(np.indices(plan.tile), -1).reshape(-1, 3) % plan.block
         token = np.ravel_multi_index(places.T, plan.block)
         bias = bias[:, token][:, :, token]
-    bias = bias.astype(jnp.float32) * LOG2_E
-    return jnp.pad(bias, ((0, 0), (0, 0), (0, plan.extra)))
+    return jnp.pad(bias.astype(jnp.float32), ((0, 0), (0, 0), (0, plan.extra)))
 
 
 def _in_tiles(plan: Plan, ids: jax.Array) -> jax.Array:

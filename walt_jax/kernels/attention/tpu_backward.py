@@ -12,6 +12,7 @@ from walt_jax.kernels.attention.tpu_heads import (
     LOG2_E,
     Inputs,
     ask,
+    biased,
     dot,
     grid_and_extra,
     normalise,
@@ -47,16 +48,18 @@ class _Operands(NamedTuple):
 def backward(plan: Plan, x: Inputs, dy: jax.Array, interpret: Any = False) -> Inputs:
     """The gradients of `forward`, None for integers."""
     batch, d, dtype = len(dy), dy.shape[-1], dy.dtype
-    # Each core of a chip sums the bias gradient of its own half of the batch.
-    cores = 2 if x.bias is not None and batch // plan.tiles[0] % 2 == 0 else 1
+    # Each core of a chip sums the bias gradient of its own heads, or else of half the batch.
+    alone = x.bias is not None and plan.lanes == d
+    cores = 2 if alone and batch // plan.tiles[0] % 2 == 0 else 1
     names, arrays, blocks = specs(plan, x)
-    names, arrays, blocks = ["dy", *names], [dy, *arrays], [plan.of_queries(), *blocks]
+    names, arrays, blocks = ["dy", *names], [plan.view(dy), *arrays], [plan.of_queries(), *blocks]
 
     outs: dict[str, tuple[jax.ShapeDtypeStruct, pl.BlockSpec]] = {}
-    outs["q"] = jax.ShapeDtypeStruct(x.q.shape, dtype), plan.of_queries()
+    like = jax.ShapeDtypeStruct(arrays[0].shape, dtype)
+    outs["q"] = like, plan.of_queries()
     if x.k is not None:
         for name in "kv":
-            outs[name] = jax.ShapeDtypeStruct(x.k.shape, dtype), plan.of_keys()
+            outs[name] = like, plan.of_keys()
     if x.extra_k is not None:
         for name in ("extra_k", "extra_v"):
             outs[name] = jax.ShapeDtypeStruct(x.extra_k.shape, jnp.float32), plan.of_extra()
@@ -90,7 +93,7 @@ def backward(plan: Plan, x: Inputs, dy: jax.Array, interpret: Any = False) -> In
         _clear_at(pl.program_id(6) == 0, step.totals)
         step.run()
 
-    windows = "arbitrary" if sums or cores > 1 or x.bias is not None else "parallel"
+    windows = "arbitrary" if sums or x.bias is not None else "parallel"
     clips = "parallel" if x.bias is None else "arbitrary"
     blocks_of_lanes, steps, *rest = plan.pallas_grid(batch)
     found = pl.pallas_call(
@@ -105,6 +108,9 @@ def backward(plan: Plan, x: Inputs, dy: jax.Array, interpret: Any = False) -> In
         interpret=interpret,
     )(*arrays)
     gradients = dict(zip(out_names, found))
+    for name in "qkv":
+        if name in gradients:
+            gradients[name] = gradients[name].reshape(dy.shape)
     for name in ("q_scale", "k_scale"):
         if name in gradients:
             gradients[name] = gradients[name].sum(0)
@@ -112,8 +118,7 @@ def backward(plan: Plan, x: Inputs, dy: jax.Array, interpret: Any = False) -> In
         if name in gradients:
             gradients[name] = gradients[name].astype(dtype)
     if "bias" in gradients:
-        bias = gradients["bias"].sum(0).swapaxes(2, 3) * LN_2
-        gradients["bias"] = bias.reshape(x.bias.shape)
+        gradients["bias"] = gradients["bias"].sum(0).swapaxes(2, 3).reshape(x.bias.shape)
     return Inputs(**{name: gradients.get(name) for name in Inputs._fields})
 
 
@@ -168,7 +173,7 @@ class _Step:
         q, dy = (group.only(y, i).astype(self.dtype) for y in (x.asked, x.dy))
         tiles = group.touched(i)
         s, dp = dot(x.known[:, tiles], q, (1, 1)), dot(x.v[:, tiles], dy, (1, 1))
-        return s + self.refs["bias"][group.head + i] if "bias" in self.refs else s, dp
+        return biased(self.refs, s, group.head + i), dp
 
     def _pull(self, task: Task, products: tuple[jax.Array, jax.Array]) -> None:
         tile, g, i = task

@@ -10,6 +10,7 @@ from jax.experimental import pallas as pl
 from walt_jax.kernels.attention.tpu_heads import (
     Inputs,
     ask,
+    biased,
     dot,
     grid_and_extra,
     normalise,
@@ -50,7 +51,7 @@ def forward(plan: Plan, x: Inputs, interpret: Any = False) -> jax.Array:
             tile, g, i = task
             group, (q, k, _) = plan.groups[g], operands(tile, g)
             s = dot(k[:, group.touched(i)], group.only(q, i).astype(dtype), (1, 1))
-            return s + refs["bias"][group.head + i] if "bias" in refs else s
+            return biased(refs, s, group.head + i)
 
         def attend(task: Task, s: jax.Array) -> None:
             tile, g, i = task
@@ -63,13 +64,14 @@ def forward(plan: Plan, x: Inputs, interpret: Any = False) -> jax.Array:
 
         pipelined(plan.tasks(), logits, attend)
 
-    return pl.pallas_call(
+    out = pl.pallas_call(
         body,
         name=plan.name,
-        out_shape=jax.ShapeDtypeStruct(x.q.shape, dtype),
+        out_shape=jax.ShapeDtypeStruct(arrays[0].shape, dtype),
         grid=plan.pallas_grid(len(x.q)),
         in_specs=blocks,
         out_specs=plan.of_queries(),
         compiler_params=params(*["parallel"] * 6),
         interpret=interpret,
     )(*arrays)
+    return out.reshape(x.q.shape)

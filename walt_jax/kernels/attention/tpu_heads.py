@@ -24,7 +24,7 @@ class Inputs(NamedTuple):
 
     Attributes:
       q, k, v: (B, T, H, W, D).
-      bias: float32 (heads, queries, keys) of a tile, times log2(e).
+      bias: float32 (heads, queries, keys) of a tile.
       ids: int32 segments (B, tiles in T, in H, in W, tokens).
       extra_k, extra_v: (B, M, D).
       extra_seen: int32 (B, keys), 0 for what is padding.
@@ -45,9 +45,9 @@ class Inputs(NamedTuple):
 
 def specs(plan: Plan, x: Inputs) -> tuple[list[str], list[jax.Array], list[pl.BlockSpec]]:
     """Names, arrays and block specs of the inputs; logits lie (keys, queries)."""
-    found: list[tuple[str, jax.Array, pl.BlockSpec]] = [("q", x.q, plan.of_queries())]
+    found: list[tuple[str, jax.Array, pl.BlockSpec]] = [("q", plan.view(x.q), plan.of_queries())]
     if x.k is not None:
-        found += [(name, getattr(x, name), plan.of_keys()) for name in "kv"]
+        found += [(name, plan.view(getattr(x, name)), plan.of_keys()) for name in "kv"]
     if x.bias is not None:
         bias = x.bias.reshape(plan.num_heads, plan.parts, plan.rows, plan.keys).swapaxes(2, 3)
         shape = (plan.heads, None, plan.keys, plan.rows)
@@ -102,6 +102,11 @@ def normalise(group: Group, x: jax.Array, scale: jax.Array) -> jax.Array:
         own = group.mask(jnp.square(off), i)
         parts.append(off * lax.rsqrt(own.sum(-1, keepdims=True) * (1 / k) + EPS))
     return group.join(parts) * scale
+
+
+def biased(refs: Refs, logits: jax.Array, head: int) -> jax.Array:
+    """Logits (keys, queries) of powers of 2 with the bias of one of the step's heads."""
+    return logits + refs["bias"][head] * LOG2_E if "bias" in refs else logits
 
 
 def ask(plan: Plan, group: Group) -> Callable[..., jax.Array]:

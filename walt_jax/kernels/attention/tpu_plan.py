@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -24,6 +24,7 @@ Tile = tuple[int, int, int]
 Task = tuple[Tile, int, int]
 # Logits of a step: fewer are lost in a step's own cost, more are too much code.
 FORWARD, BACKWARD = 2**21, 900_000
+SUBLANES = 8
 _SMALL = 64  # tokens of a window below which a tile has several
 _QUERIES = 640  # tokens of a tile above which it is divided into parts of half as many queries
 
@@ -121,7 +122,8 @@ class Plan:
     @property
     def name(self) -> str:
         """Of the kernels, in profiles and compiled programs."""
-        return f"window_attention_{'x'.join(map(str, self.block))}"
+        keys = ["grid"] * self.has_grid + [f"{self.extra}_more"] * (self.extra > 0)
+        return "_".join(["window_attention", "x".join(map(str, self.block)), *keys])
 
     @property
     def length(self) -> int:
@@ -179,41 +181,61 @@ class Plan:
     def each_tile(self) -> Iterator[Tile]:
         return itertools.product(*map(range, self.tiles))
 
+    @property
+    def flat(self) -> bool:
+        """Whether kernels see (B, T, H x W, D): rows need not be whole numbers of sublanes then."""
+        return self.tile[2] == self.grid[2] and self.queries[1] * self.tile[2] % SUBLANES == 0
+
+    def view(self, x: jax.Array) -> jax.Array:
+        """(B, T, H, W, D) as kernels see it."""
+        return x.reshape(*x.shape[:2], -1, x.shape[-1]) if self.flat else x
+
     def read(self, ref: Any, tile: Tile, group: Group) -> jax.Array:
         """A group's lanes of a tile or of its queries: float32 (tokens, width)."""
-        x = ref[*self._at(ref, tile), :, group.lanes]
+        x = ref[*self._at(ref, tile), group.lanes]
         # A row may be half a tile of bfloat16, of which tokens are no whole number; of float32 not.
         return x.astype(jnp.float32).reshape(-1, group.width)
 
     def write(self, ref: Any, tile: Tile, group: Group, x: jax.Array) -> None:
         """The reverse of `read`, in ref's dtype."""
         at = self._at(ref, tile)
-        sizes = [s.stop - s.start for s in at[1:]]
-        ref[*at, :, group.lanes] = x.reshape(*sizes, *ref.shape[3:4], group.width).astype(ref.dtype)
+        sizes = (s.stop - s.start for s in at[1:])
+        ref[*at, group.lanes] = x.reshape(*sizes, group.width).astype(ref.dtype)
 
     def _at(self, ref: Any, tile: Tile) -> tuple[Any, ...]:
         sizes = [n // m for n, m in zip(ref.shape, self.tiles)]
-        _, t, h = (slice(i * n, (i + 1) * n) for i, n in zip(tile, sizes))
-        return tile[0], t, h
+        at = [slice(i * n, (i + 1) * n) for i, n in zip(tile, sizes)][1:]
+        return tile[0], *at, *(slice(0, n) for n in ref.shape[3:-1])
 
     def of_keys(self) -> pl.BlockSpec:
-        """Tokens of (B, T, H, W, D): the tiles of a step."""
-        (t, h, w), (nb, nt, nh) = self.tile, self.tiles
-        shape = (nb, nt * t, nh * h, w, self.lanes)
-        return pl.BlockSpec(shape, lambda d, b, t, h, w, i: (b, t, h, w, d))
+        """Tokens of `view`: the tiles of a step."""
+        (t, h, _), (nb, nt, nh) = self.tile, self.tiles
+        return self._block((nb, nt * t, nh * h), lambda d, b, t, h, w, i: (b, t, h, w, d))
 
     def of_queries(self) -> pl.BlockSpec:
-        """Tokens of (B, T, H, W, D): those of a step that ask."""
+        """Tokens of `view`: those of a step that ask."""
         if self.parts == 1:
             return self.of_keys()
-        (ct, ch), (wt, wh, ww) = self.queries, self.tile
+        (ct, ch), (wt, wh, _) = self.queries, self.tile
 
         def index(*ids: Any) -> tuple[Any, ...]:
             d, b, t, h, w, i = ids
             down = jnp.int32(wh // ch)
             return b, t * (wt // ct) + lax.div(i, down), h * (wh // ch) + lax.rem(i, down), w, d
 
-        return pl.BlockSpec((1, ct, ch, ww, self.lanes), index)
+        return self._block((1, ct, ch), index)
+
+    def _block(self, shape: Tile, index: Callable[..., tuple[Any, ...]]) -> pl.BlockSpec:
+        """Of so many videos, frames and rows."""
+        b, t, h = shape
+        if not self.flat:
+            return pl.BlockSpec((b, t, h, self.tile[2], self.lanes), index)
+
+        def flat(*ids: Any) -> tuple[Any, ...]:
+            *rows, _, lanes = index(*ids)
+            return *rows, lanes
+
+        return pl.BlockSpec((b, t, h * self.tile[2], self.lanes), flat)
 
     def of_extra(self) -> pl.BlockSpec:
         """Of (B, M, D)."""
@@ -251,12 +273,14 @@ class Plan:
         row, column = lax.rem(lax.div(token, tw), th), lax.rem(token, tw)
         return lax.div(row, h) * (tw // w) + lax.div(column, w)
 
-    def vmem(self, itemsize: int) -> int:
-        """Bytes that the gradient's kernel holds, without a bias."""
+    def vmem(self, itemsize: int, bias: bool) -> int:
+        """Bytes that the gradient's kernel holds."""
         tokens = math.prod(self.tiles) * self.length
         moving = 2 * itemsize * self.lanes * tokens * (3 / self.parts + 4 * self.has_grid)
         moving += 2 * (2 * itemsize + 8) * self.lanes * self.tiles[0] * self.extra
         sums = 8 * self.lanes * self.keys if self.parts > 1 else 0
+        if bias:  # of the rows at a time, and the gradient of all
+            sums += 8 * self.heads * self.keys * (self.rows + self.length)
         operands = 8 * 4 * LANES * (self.rows + self.keys)
         return int(moving) + sums + operands + 8 * 4 * self.rows * self.keys
 
@@ -290,7 +314,7 @@ def make_plan(
 
 def _tile(grid: Grid, block: Grid) -> Grid:
     (_, height, width), (t, h, w) = grid, block
-    columns = [n for n in range(w, width + 1, w) if width % n == 0 and n % 8 == 0]
+    columns = [n for n in range(w, width + 1, w) if width % n == 0 and n % SUBLANES == 0]
     columns = columns[0] if columns else width
     if math.prod(block) >= _SMALL:
         return t, h, columns

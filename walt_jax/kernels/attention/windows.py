@@ -17,8 +17,10 @@ def resolve_window(grid: Sequence[int], window: Sequence[int]) -> Window:
     """Replaces 0 by the whole axis and checks that the blocks tile the grid.
 
     Raises:
-      UserError: an axis of the grid is no multiple of the window's.
+      UserError: an axis of the grid is no multiple of the window's, or it is no window.
     """
+    if len(window) != 3 or min(window) < 0:
+        raise UserError(f"A window is (wt, wh, ww), 0 for a whole axis; got {tuple(window)}.")
     full = tuple(g if w == 0 else w for g, w in zip(grid, window))
     if any(g % w for g, w in zip(grid, full)):
         fits = ", ".join(f"{axis} a multiple of {w}" for axis, w in zip("THW", window) if w)

@@ -1,6 +1,5 @@
 """Parts of the transformer's layers: norms, embeddings of time and place, attention."""
 
-import functools
 import math
 from collections.abc import Sequence
 
@@ -43,7 +42,7 @@ layer_norm.defvjp(_layer_norm, _layer_norm_gradient)
 
 
 # Kept is what goes in, which is what the product before it gave.
-gelu = functools.partial(jax.checkpoint, prevent_cse=False)(nnx.gelu)
+gelu = jax.checkpoint(nnx.gelu, prevent_cse=False)
 
 
 class Dense(nnx.Linear):
