@@ -312,6 +312,17 @@ def test_claim_again_with_the_same_config(tmp_path):
     assert (tmp_path / "config.json").read_bytes() == before
 
 
+def test_a_config_from_before_a_key_existed_has_its_default(tmp_path):
+    config.claim_workdir(tmp_path, Outer(steps=3))
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    del values["rate"], values["inner"]["multipliers"]
+    path.write_text(json.dumps(values))
+    config.claim_workdir(tmp_path, Outer(steps=3))
+    with says("rate: 0.1 -> 0.2"):
+        config.claim_workdir(tmp_path, Outer(steps=3, rate=0.2))
+
+
 def test_claim_with_another_config_lists_every_difference(tmp_path):
     config.claim_workdir(tmp_path, Outer(steps=3))
     before = (tmp_path / "config.json").read_bytes()
