@@ -11,6 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 from walt_jax.kernels.attention.tpu_heads import (
     LOG2_E,
     Inputs,
+    Refs,
     ask,
     biased,
     dot,
@@ -74,24 +75,35 @@ def backward(plan: Plan, x: Inputs, dy: jax.Array, interpret: Any = False) -> In
         for some in (blocks, [spec for _, spec in outs.values()])
     )
     shapes = [shape for shape, _ in outs.values()]
+    scratch: dict[str, Any] = {}
+    if plan.parts > 1:
+        sums_of_keys = pltpu.VMEM((plan.keys, plan.lanes), jnp.float32)
+        scratch |= {"k_sum": sums_of_keys, "v_sum": sums_of_keys}
     if x.bias is not None:
         sizes = plan.parts, plan.keys, plan.rows
         shapes.append(jax.ShapeDtypeStruct((cores, plan.num_heads, *sizes), jnp.float32))
         spec = pl.BlockSpec((None, plan.heads, *sizes), lambda core, d, *_: (core, d, 0, 0, 0))
         out_specs.append(spec)
-    totals = [pltpu.VMEM((plan.keys, plan.lanes), jnp.float32)] * (2 if plan.parts > 1 else 0)
+        # Summed in scratch memory, whose address the compiler knows: what is written to an output
+        # might be what an input is read from, and each head would wait for the one before.
+        scratch["bias_sum"] = pltpu.VMEM((plan.heads, *sizes), jnp.float32)
     out_names = [*outs, *(["bias"] if x.bias is not None else [])]
 
     def body(*refs: Any) -> None:
-        inputs = dict(zip(names, refs))
-        outputs = dict(zip(out_names, refs[len(names) :]))
-        step = _Step(plan, inputs, outputs, refs[len(refs) - len(totals) :], dtype)
-        first = functools.reduce(jnp.logical_and, (pl.program_id(i) == 0 for i in range(3, 7)))
-        _clear_at(first, [outputs[name] for name in sums])
-        if "bias" in outputs:
-            _clear_at(first & (pl.program_id(2) == 0), [outputs["bias"]])
-        _clear_at(pl.program_id(6) == 0, step.totals)
-        step.run()
+        refs = dict(zip([*names, *(f"d{name}" for name in out_names), *scratch], refs))
+        ids = [pl.program_id(i) for i in range(7)]
+        first = functools.reduce(jnp.logical_and, (i == 0 for i in ids[3:]))
+        _clear_at(first, [refs[f"d{name}"] for name in sums])
+        _clear_at(ids[6] == 0, [refs[name] for name in ("k_sum", "v_sum") if name in refs])
+        if x.bias is not None:
+            _clear_at(first & (ids[2] == 0), [refs["bias_sum"]])
+        _Step(plan, refs, dtype).run()
+        if x.bias is not None:
+            ends = (i == pl.num_programs(n) - 1 for n, i in enumerate(ids[2:], 2))
+
+            @pl.when(functools.reduce(jnp.logical_and, ends))
+            def _() -> None:
+                refs["dbias"][...] = refs["bias_sum"][...]
 
     windows = "arbitrary" if sums or x.bias is not None else "parallel"
     clips = "parallel" if x.bias is None else "arbitrary"
@@ -103,7 +115,7 @@ def backward(plan: Plan, x: Inputs, dy: jax.Array, interpret: Any = False) -> In
         grid=(cores, blocks_of_lanes, steps // cores, *rest),
         in_specs=in_specs,
         out_specs=out_specs,
-        scratch_shapes=totals,
+        scratch_shapes=list(scratch.values()),
         compiler_params=params("parallel", "parallel", clips, *[windows] * 3, "arbitrary"),
         interpret=interpret,
     )(*arrays)
@@ -141,11 +153,9 @@ def _clear_at(first: jax.Array, refs: Any) -> None:
 class _Step:
     """One step of the kernel's grid."""
 
-    def __init__(
-        self, plan: Plan, refs: dict[str, Any], outs: dict[str, Any], totals: Any, dtype: Any
-    ) -> None:
-        self.plan, self.refs, self.outs, self.totals = plan, refs, outs, totals
-        self.dtype, self.part = dtype, pl.program_id(6)
+    def __init__(self, plan: Plan, refs: Refs, dtype: jnp.dtype) -> None:
+        self.plan, self.refs = plan, refs
+        self.dtype, self.part = dtype, pl.program_id(6) if plan.parts > 1 else 0
         self.seen = {tile: visible(plan, refs, tile, self.part) for tile in plan.each_tile()}
         self.operands = functools.cache(self._operands)
         self.done: dict[Any, list[tuple[jax.Array, ...]]] = {}
@@ -185,8 +195,8 @@ class _Step:
         ds = ds - p * ds.sum(0, keepdims=True)
         if self.plan.merged:
             p, ds = jnp.where(seen, p, 0), jnp.where(seen, ds, 0)
-        if "bias" in self.outs:
-            self.outs["bias"][group.head + i, self.part] += ds
+        if "bias" in self.refs:
+            self.refs["bias_sum"][group.head + i, self.part] += ds
         operands = p, ds, x.q[:, group.touched(i)], x.k[group.rows(i)], x.dy[:, group.touched(i)]
         p, ds, q, k, dy = (y.astype(self.dtype) for y in operands)
         parts = self.done.setdefault((tile, g), [])
@@ -204,19 +214,20 @@ class _Step:
         _, pull = jax.vjp(ask(plan, group), q, *scale)
         dq, *dscale = pull(dq)
         for gradient in dscale:
-            self.outs["q_scale"][:, group.lanes] += gradient
-        plan.write(self.outs["q"], tile, group, dq)
+            self.refs["dq_scale"][:, group.lanes] += gradient
+        plan.write(self.refs["dq"], tile, group, dq)
 
     def _keys(self, tile: Tile, group: Group, dk: jax.Array, dv: jax.Array) -> None:
-        if not self.totals:
+        if self.plan.parts == 1:
             self._write_keys(tile, group, dk, dv)
             return
-        for total, gradient in zip(self.totals, (dk, dv)):
+        totals = self.refs["k_sum"], self.refs["v_sum"]
+        for total, gradient in zip(totals, (dk, dv)):
             total[:, group.lanes] += gradient
 
         @pl.when(self.part == self.plan.parts - 1)
         def _() -> None:
-            self._write_keys(tile, group, *(total[:, group.lanes] for total in self.totals))
+            self._write_keys(tile, group, *(total[:, group.lanes] for total in totals))
 
     def _write_keys(self, tile: Tile, group: Group, dk: jax.Array, dv: jax.Array) -> None:
         plan = self.plan
@@ -224,9 +235,9 @@ class _Step:
             k = grid_and_extra(plan, self.refs, "k", tile, group)
             _, pull = jax.vjp(functools.partial(normalise, group), k, scale)
             dk, dscale = pull(dk)
-            self.outs["k_scale"][:, group.lanes] += dscale
+            self.refs["dk_scale"][:, group.lanes] += dscale
         for name, gradient in (("k", dk), ("v", dv)):
             if plan.has_grid:
-                plan.write(self.outs[name], tile, group, gradient[: plan.own_keys])
+                plan.write(self.refs[f"d{name}"], tile, group, gradient[: plan.own_keys])
             if plan.extra:
-                self.outs[f"extra_{name}"][tile[0], :, group.lanes] += gradient[plan.own_keys :]
+                self.refs[f"dextra_{name}"][tile[0], :, group.lanes] += gradient[plan.own_keys :]
