@@ -6,7 +6,7 @@
     python -m walt_jax.train --config configs/sprites_tokenizer.py --workdir out/tokenizer \
         --config.data.path=out/records
 
-Hardware: 2 CPU cores, about 3 minutes. Expect a held-out PSNR of about 27 dB on these sprites.
+Hardware: 2 CPU cores, about 6 minutes. Expect a held-out PSNR of about 27 dB on these sprites.
 Variants: `debug` takes a few steps of a tiny network in seconds.
 """
 

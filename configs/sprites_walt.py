@@ -7,7 +7,7 @@
 
 `--config.data.path` may also be the prepared videos: clips are then encoded in every step.
 
-Hardware: 2 CPU cores, about 5 minutes. Expect a held-out loss of about 0.2 on these sprites.
+Hardware: 2 CPU cores, about 7 minutes. Expect a held-out loss of about 0.2 on these sprites.
 Variants: `debug` takes a few steps of a tiny network in seconds.
 """
 
