@@ -18,7 +18,7 @@ from walt_jax.models.denoiser.layers import (
     layer_norm,
     linear,
     modulate,
-    over_grid,
+    over,
 )
 from walt_jax.parallel import Layout
 
@@ -165,14 +165,18 @@ class Layer(nnx.Module):
                 norm = _as_it_is
             else:
                 norm, gate = next(branches)
-            x = x + gate(attention(norm(x), layout, **seen))
+            with jax.named_scope("attention"):
+                x = x + gate(attention(norm(x), layout, **seen))
         if self.cross is not None:
             plain = layer_norm if cross.norm == "plain" else _as_it_is
             norm, gate = next(branches) if cross.norm == "modulated" else (plain, _as_it_is)
             memory = context.memory_BMD, context.memory_mask_BM
-            x = x + gate(self.cross(norm(x), *memory, layout, **seen))
+            with jax.named_scope("cross_attention"):
+                x = x + gate(self.cross(norm(x), *memory, layout, **seen))
         norm, gate = next(branches)
-        return x + gate(self.down(gelu(checkpoint_name(self.up(norm(x)), "up"))))
+        with jax.named_scope("mlp"):
+            h = gelu(checkpoint_name(self.up(norm(x)), "up"))
+            return x + gate(checkpoint_name(self.down(h), "down"))
 
     def _branches(
         self, context: Context, dtype: jnp.dtype
@@ -182,14 +186,15 @@ class Layer(nnx.Module):
             for norm in self.norms:
                 yield norm, _as_it_is
             return
-        vectors = self.modulation(context).astype(dtype)
+        with jax.named_scope("modulation"):
+            vectors = self.modulation(context).astype(dtype)
         vectors = iter(jnp.split(vectors, num_vectors(self.config), axis=-1))
         for shift in vectors:
             scale = next(vectors)
             gate = None if self.config.conditioning == "adaln" else next(vectors)
             yield (
                 lambda x, shift=shift, scale=scale: modulate(layer_norm(x), shift, scale),
-                _as_it_is if gate is None else lambda y, gate=gate: over_grid(gate) * y,
+                _as_it_is if gate is None else lambda y, gate=gate: over(y, gate) * y,
             )
 
 

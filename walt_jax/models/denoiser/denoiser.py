@@ -9,7 +9,7 @@ from walt_jax.models.build import stack
 from walt_jax.models.denoiser.block import Context, Group, num_vectors
 from walt_jax.models.denoiser.conditions import Conditions, Embedder, channels_in, check
 from walt_jax.models.denoiser.config import DenoiserConfig
-from walt_jax.models.denoiser.layers import Affine, layer_norm, linear, modulate, over_grid
+from walt_jax.models.denoiser.layers import Affine, layer_norm, linear, modulate, over
 from walt_jax.models.denoiser.patches import (
     depth_to_space,
     patchify,
@@ -107,14 +107,16 @@ class Denoiser(nnx.Module):
             not built for.
         """
         check(self.config, conditions, z)
-        patches = patchify(self.embed.channels(z, conditions), self.config.patch_size)
-        x = self._add_positions(self.patch_in(patches))
-        b, frames, rows, columns, _ = x.shape
-        x, context = self._tell(x, z, t, conditions)
+        with jax.named_scope("embed"):
+            patches = patchify(self.embed.channels(z, conditions), self.config.patch_size)
+            x = self._add_positions(self.patch_in(patches))
+            b, frames, rows, columns, _ = x.shape
+            x, context = self._tell(x, z, t, conditions)
         x = self._layers(layout.tokens(x), context, layout)
         if self.config.conditioning == "in_context":
             x = x[:, -frames * rows * columns :].reshape(b, frames, rows, columns, -1)
-        return self._read_out(x[:, :frames], context.condition_BD)
+        with jax.named_scope("read_out"):
+            return self._read_out(x[:, :frames], context.condition_BD)
 
     def upsample(self, low: jax.Array) -> jax.Array:
         """Low-resolution latents (B, T, h, w, C) on the grid, by convolution and depth to space.
@@ -149,7 +151,7 @@ class Denoiser(nnx.Module):
         if config.conditioning == "cross_attention":
             memory.append((tokens, None))
         if config.conditioning == "added":
-            x = x + over_grid(condition).astype(x.dtype)
+            x = x + over(x, condition.astype(x.dtype))
         if config.conditioning == "in_context":
             if self.token_embedding is not None:
                 tokens = tokens + self.token_embedding[...]
