@@ -7,7 +7,9 @@ import pytest
 
 from walt_jax import config as config_lib
 from walt_jax.errors import UserError
+from walt_jax.models import DenoiserConfig
 from walt_jax.parallel import MeshConfig, make_mesh
+from walt_jax.rehearsal import attention_prices
 from walt_jax.rehearsal.attention_prices import AttentionKernel
 from walt_jax.rehearsal.chips import Topology
 from walt_jax.rehearsal.estimate import _moved
@@ -168,6 +170,24 @@ def test_an_attention_kernel_is_known_by_its_instruction():
     assert (
         AttentionKernel.of(Instruction("causal_conv.1", "f32[2] custom-call()"), (1, 1, 1)) is None
     )
+
+
+def test_kernels_are_priced_on_few_videos(monkeypatch):
+    """50 cycles once a kernel, 100 for each video of one window's height."""
+    seen = []
+
+    def cycles(kernel, *options):
+        seen.append((kernel.shape, *options))
+        return {"forward": 50 + 100 * kernel.shape[0], "gradient": None}
+
+    monkeypatch.setattr(attention_prices, "_cycles", cycles)
+    model = DenoiserConfig(num_layers=2, qk_norm=True)
+    text = "bf16[16,5,16,16,1024]{4,3,2,1,0} custom-call(%x)"
+    names = "window_attention_5x8x8_grid.1", "window_attention_5x8x8_grid_gradient.2"
+    kernels = {name: Instruction(name, text) for name in names}
+    found = attention_prices.AttentionPrices(model, "v5e")(kernels)
+    assert found == {names[0]: 50 + 100 * 16 * 2}
+    assert seen[0] == ((1, 5, 8, 16, 1024), 64, model.relative_bias, True, False, "v5e")
 
 
 @pytest.mark.parametrize(

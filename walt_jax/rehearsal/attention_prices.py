@@ -60,7 +60,7 @@ class AttentionKernel:
 
 
 class AttentionPrices:
-    """Prices kernels on the fewest videos, whose work is the same, and scales.
+    """Prices kernels on one and two small videos, whose work is the same, and goes on linearly.
 
     The compiler walks through a kernel's whole grid, and gives no cycles of one that copies several
     pieces of an array that lie far apart. So videos are cut to one window's height, which changes
@@ -81,18 +81,20 @@ class AttentionPrices:
         return found
 
     def _price(self, kernel: AttentionKernel) -> int | None:
+        """From one video and two, as some work is done once a kernel."""
         _, frames, _, columns, d = kernel.shape
-        small = dataclasses.replace(kernel, shape=(1, frames, kernel.block[1], columns, d))
-        both = _cycles(
-            dataclasses.replace(small, gradient=False),
-            self._head_width,
-            self._model.relative_bias and kernel.has_grid and not kernel.extra,
-            self._model.qk_norm,
-            self._model.causal,
-            self._chip,
-        )
-        cycles = both["gradient" if kernel.gradient else "forward"]
-        return cycles and round(cycles * kernel.windows / small.windows)
+        few = []
+        for videos in (1, 2):
+            shape = (videos, frames, kernel.block[1], columns, d)
+            small = dataclasses.replace(kernel, shape=shape, gradient=False)
+            bias = self._model.relative_bias and kernel.has_grid and not kernel.extra
+            options = bias, self._model.qk_norm, self._model.causal
+            cycles = _cycles(small, self._head_width, *options, self._chip)
+            few.append(cycles["gradient" if kernel.gradient else "forward"])
+        if None in few:
+            return None
+        videos = kernel.windows / (small.windows / 2)
+        return round(few[0] + (few[1] - few[0]) * (videos - 1))
 
 
 @functools.cache

@@ -13,6 +13,8 @@ not hide are not in them.
 import argparse
 import dataclasses
 import functools
+import hashlib
+import importlib.metadata
 import math
 import os
 import re
@@ -29,6 +31,7 @@ import jax
 from walt_jax.errors import UserError
 from walt_jax.rehearsal.chips import CHIPS, Topology
 from walt_jax.rehearsal.hlo import Instruction, Module
+from walt_jax.weights import cache_folder
 
 NOTE = "estimates by the TPU compiler, not readings from a chip"
 KERNEL_SECONDS = 900.0  # the walk of a kernel grows with its grid; beyond this it stays unpriced
@@ -156,9 +159,6 @@ def too_large(error: jax.errors.JaxRuntimeError) -> int | None:
     return int(float(found[1]) * units[found[2]]) if found else 0
 
 
-_PRICES: dict[tuple[str, str], int | None] = {}
-
-
 def _price_kernels(
     exported: jax.export.Exported, chip: str, kernels: dict[str, Instruction]
 ) -> dict[str, int]:
@@ -167,11 +167,24 @@ def _price_kernels(
         program = Path(folder) / "program"
         if kernels:
             program.write_bytes(exported.serialize())
-        for name, instruction in kernels.items():
-            if (chip, instruction.kernel) not in _PRICES:
-                _PRICES[chip, instruction.kernel] = _walk(program, chip, name)
-    prices = {name: _PRICES[chip, i.kernel] for name, i in kernels.items()}
+        prices = {name: _price(program, chip, i) for name, i in kernels.items()}
     return {name: price for name, price in prices.items() if price is not None}
+
+
+def _price(program: Path, chip: str, kernel: Instruction) -> int | None:
+    """Cycles of a kernel, kept in the cache: a walk takes long, and its result never changes."""
+    version = importlib.metadata.version("libtpu")
+    key = hashlib.sha256(f"{version} {chip} {kernel.kernel}".encode()).hexdigest()
+    kept = cache_folder() / "kernel_cycles" / key
+    if kept.exists():
+        return int(kept.read_text())
+    cycles = _walk(program, chip, kernel.name)
+    if cycles is not None:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        part = kept.with_suffix(f".{os.getpid()}")
+        part.write_text(str(cycles))
+        part.replace(kept)
+    return cycles
 
 
 def _walk(program: Path, chip: str, kernel: str) -> int | None:

@@ -68,8 +68,14 @@ class Instruction:
         found = re.search(rf"\b{role}=(?:\{{([^}}]*)\}}|(%[\w.\-]+))", self.text)
         return re.findall(r"%([\w.\-]+)", found[1] or found[2]) if found else []
 
+    @property
+    def channel(self) -> str:
+        """What names a collective wherever it appears; "" without one."""
+        found = re.search(r"\bchannel_id=(\d+)", self.text)
+        return found[1] if found else ""
+
     def group(self) -> list[int]:
-        """The devices that a collective joins, of one of its groups."""
+        """The devices that a collective joins, of one group; empty where it does not say."""
         if found := re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}", self.text):
             return [int(n) for n in found[1].split(",")]
         pattern = r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?"
@@ -78,6 +84,12 @@ class Instruction:
             order = [int(n) for n in found[4].split(",")] if found[4] else range(len(sizes))
             devices = np.arange(math.prod(sizes)).reshape(sizes).transpose(list(order))
             return devices.reshape(int(found[1]), int(found[2]))[0].tolist()
+        if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", self.text):
+            sizes = dict(re.findall(r"'([\w.]+)'=(\d+)", found[1]))
+            joined = re.findall(r"'([\w.]+)'", found[2])
+            places = tuple(slice(None) if axis in joined else 0 for axis in sizes)
+            devices = np.arange(math.prod(map(int, sizes.values())))
+            return devices.reshape([int(n) for n in sizes.values()])[places].ravel().tolist()
         return []
 
 

@@ -173,25 +173,66 @@ def _collectives(
     priced: dict[str, int],
 ) -> tuple[Collective, ...]:
     """Summed by operation and axes, most bytes first."""
-    hidden = _meanwhile(module, priced)
     found: dict[tuple[str, str], list[float]] = {}
-    for i, times in counts.items():
-        if not i.is_collective:
-            continue
-        axes = _axes(i, mesh)
-        seconds = _seconds(i, axes, topology, mesh)
-        exposed = max(0.0, seconds - hidden.get(i.name, 0) / topology.chip.hertz)
-        key = i.operation.removesuffix("-start"), "+".join(axes) or "?"
-        row = found.setdefault(key, [0, 0, 0.0, 0.0])
-        for n, value in enumerate((1, i.bytes, seconds, exposed)):
-            row[n] += times * value
+    for body in module.computations.values():
+        for i, meanwhile in _begun(module, body, priced):
+            times = counts.get(i.within, 0)
+            if not times:
+                continue
+            axes = _axes(i.collective, mesh)
+            seconds = _seconds(i.collective, axes, topology, mesh)
+            exposed = max(0.0, seconds - meanwhile / topology.chip.hertz)
+            key = i.collective.operation.removesuffix("-start"), "+".join(axes) or "?"
+            row = found.setdefault(key, [0, 0, 0.0, 0.0])
+            for n, value in enumerate((1, i.collective.bytes, seconds, exposed)):
+                row[n] += times * value
     rows = [Collective(*key, *map(int, row[:2]), *row[2:]) for key, row in found.items()]
     return tuple(sorted(rows, key=lambda c: -c.bytes))
 
 
+@dataclasses.dataclass
+class _Begun:
+    """A collective, and the scheduled instruction that begins it."""
+
+    collective: Instruction
+    within: Instruction
+
+
+def _begun(
+    module: Module, body: list[Instruction], priced: dict[str, int]
+) -> list[tuple[_Begun, int]]:
+    """The collectives of a computation, each with the cycles until it is done.
+
+    An asynchronous one appears in the fusion that begins it, in one whose work goes on meanwhile,
+    and in the one that waits for its end; its channel is the same in all. Or it is a start and a
+    done.
+    """
+    begun: dict[str, tuple[_Begun, int]] = {}
+    ended: dict[str, int] = {}
+    clock = 0
+    for i in body:
+        for inner in module.inside(i):
+            if inner.is_collective:
+                name = inner.channel or inner.name
+                begun.setdefault(name, (_Begun(inner, i), clock))
+        clock += priced.get(i.name, i.cycles)
+        for inner in module.inside(i):
+            if inner.is_collective and not inner.operation.endswith("-start"):
+                ended[inner.channel or inner.name] = clock
+            elif inner.operation.endswith("-done"):
+                for name, (start, _) in begun.items():
+                    if f"%{start.collective.name}" in inner.text:
+                        ended[name] = clock
+    out = []
+    for name, (start, clock) in begun.items():
+        alone = start.within is start.collective and start.collective.operation[-6:] != "-start"
+        out.append((start, 0 if alone else max(0, ended.get(name, clock) - clock)))
+    return out
+
+
 def _axes(instruction: Instruction, mesh: Mesh) -> tuple[str, ...]:
     """Along which axes of the mesh the devices of a group differ."""
-    group = [n for n in instruction.group() if n < mesh.size]
+    group = np.array([n for n in instruction.group() if n < mesh.size], int)
     places = np.array(np.unravel_index(group, mesh.devices.shape))
     return tuple(axis for axis, row in zip(mesh.axis_names, places) if len(set(row.tolist())) > 1)
 
@@ -217,23 +258,6 @@ def _seconds(
         return moved / chip.dcn
     closed = any(side in chip.wraps for side in topology.shape)
     return moved / (chip.link * (2 if closed else 1))
-
-
-def _meanwhile(module: Module, priced: dict[str, int]) -> dict[str, int]:
-    """Cycles that the schedule runs between the start of a collective and its end, by its name."""
-    out = {}
-    for body in module.computations.values():
-        began: dict[str, int] = {}
-        clock = 0
-        for i in body:
-            if i.operation.endswith("-done"):
-                for name in re.findall(r"%([\w.\-]+)", i.text):
-                    if name in began:
-                        out[name] = clock - began[name]
-            clock += priced.get(i.name, i.cycles)
-            if i.is_collective and i.operation.endswith("-start"):
-                began[i.name] = clock
-    return out
 
 
 def _largest(counts: Counter[Instruction], number: int = 8) -> tuple[tuple[int, str, str], ...]:
