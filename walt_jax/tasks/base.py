@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
-from walt_jax.data.pipeline import IMAGES
+from walt_jax.data.joint import IMAGES
 from walt_jax.data.records import Dataset
 from walt_jax.models import Network
 from walt_jax.parallel import Layout
