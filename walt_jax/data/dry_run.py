@@ -12,8 +12,9 @@ import numpy as np
 from walt_jax import cli
 from walt_jax import config as config_lib
 from walt_jax.data import buckets
+from walt_jax.data.assignment import longest_clips
 from walt_jax.data.buckets import Bucket, BucketsConfig
-from walt_jax.data.pipeline import Pipeline, longest_clips
+from walt_jax.data.pipeline import Pipeline
 from walt_jax.data.records import Dataset, open_dataset
 from walt_jax.errors import UserError
 from walt_jax.kernels import resolve_window

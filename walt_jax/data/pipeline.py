@@ -6,6 +6,7 @@ batches, each its own rows.
 """
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import math
@@ -19,8 +20,10 @@ from absl import flags
 from jax.sharding import NamedSharding
 
 from walt_jax.data import buckets
+from walt_jax.data.assignment import assign_records, refuse_empty, sides_of, why_none_fits
 from walt_jax.data.buckets import BucketsConfig
 from walt_jax.data.feeding import HostBatch, Share, on_devices, stacked
+from walt_jax.data.packing import PackingConfig, PackPlan, fill_row
 from walt_jax.data.plan import BatchPlan
 from walt_jax.data.records import Dataset, decode_frames
 from walt_jax.errors import UserError
@@ -43,6 +46,7 @@ class DataConfig:
       fps: frames a second that a clip is sampled at, nearest in time; 0 takes every frame.
       sizes: (height, width) of the buckets; a video goes to the one of nearest aspect.
       buckets: a table of buckets by resolution and length, instead of `num_frames` and `sizes`.
+      packing: cached latents of any size share the rows of a batch, instead of buckets.
       caption_bytes: a caption's bytes that a batch holds, for what reads text; longer ones are cut.
       eval_fraction: share of the source videos held out, at least one; chosen by their names.
       num_workers: processes that decode; 0 decodes in threads of this one.
@@ -54,6 +58,7 @@ class DataConfig:
     fps: float = 8.0
     sizes: tuple[tuple[int, int], ...] = ((128, 128),)
     buckets: BucketsConfig | None = None
+    packing: PackingConfig | None = None
     caption_bytes: int = 0
     eval_fraction: float = 0.05
     num_workers: int = 0
@@ -72,11 +77,13 @@ class DataConfig:
             )
         if not self.sizes or any(side < 1 for size in self.sizes for side in size):
             raise UserError(f"config.data.sizes must name (height, width) pairs, got {self.sizes}.")
+        if self.buckets is not None and self.packing is not None:
+            raise UserError("config.data has buckets and packing: set one of them to None.")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Row:
-    record: Any  # its number
+    record: Any  # its number, or what a packed row holds
     bucket: int
     seed: tuple[int, ...]
 
@@ -85,7 +92,7 @@ class _Row:
 class _Rows:
     """Random access to this process's rows of all batches: a source for grain."""
 
-    plan: BatchPlan
+    plan: BatchPlan | PackPlan
     share: Share
     seed: int
 
@@ -143,6 +150,20 @@ class _ReadLatents:
             "fps": np.float32(record["fps"]),
             **_caption(record, self._config),
         }
+
+
+class _PackRow:
+    """Reads the videos of a packed row; captions are left out, their bytes are not."""
+
+    def __init__(self, dataset: Dataset, config: DataConfig, seed: int) -> None:
+        self._read, self._config, self._seed = _ReadLatents(dataset, config), config, seed
+
+    def __call__(self, row: _Row) -> HostBatch:
+        def read(record: int) -> dict[str, Any]:
+            clip = self._read(dataclasses.replace(row, record=record))
+            return {k: v for k, v in clip.items() if k not in ("caption", "codes")}
+
+        return fill_row(row.record, read, self._config.packing, self._seed)
 
 
 def _caption(record: dict[str, Any], config: DataConfig) -> dict[str, Any]:
@@ -204,10 +225,12 @@ class Pipeline:
     ) -> None:
         self.dataset, self.config, self._batch_size, self._seed = dataset, config, batch_size, seed
         self.cached = dataset.metadata.get("kind") == "latents"
-        everything = np.arange(len(dataset))
-        fits = self._assign(everything, shuffle).taken
+        assign = functools.partial(
+            assign_records, dataset, config, batch_size=batch_size, seed=seed, shuffle=shuffle
+        )
+        fits = assign(np.arange(len(dataset))).taken
         # Of those that fit alone, as the latents made of them are.
-        chosen = everything[fits]
+        chosen = np.flatnonzero(fits)
         chosen = chosen[_split(dataset.index["source"][chosen], config.eval_fraction, split)]
         self.left_out = int(np.sum(~fits))
         if not chosen.size and fits.any():
@@ -217,17 +240,18 @@ class Pipeline:
                 "add videos."
             )
         if not chosen.size:
-            raise UserError(f"{dataset.directory} has no video for the {split} split{self._why()}")
-        self.records, self.assignment = chosen, self._assign(chosen, shuffle)
-        if config.buckets is not None and split != "eval":
-            self._refuse_empty()
-        self.plan = BatchPlan(
-            self.assignment.buckets,
-            self.assignment.batch_sizes,
-            seed,
-            shuffle=shuffle,
-            records=chosen,
-        )
+            why = why_none_fits(config, self.left_out, len(dataset))
+            raise UserError(f"{dataset.directory} has no video for the {split} split{why}")
+        self.records, self.assignment = chosen, assign(chosen)
+        if config.buckets is not None and not self.cached and split != "eval":
+            refuse_empty(dataset, config, self.assignment)
+        options = {"shuffle": shuffle, "records": chosen}
+        if config.packing is not None:
+            blocks = config.packing.count(sides_of(dataset, chosen))
+            self.plan = PackPlan(blocks, config.packing, batch_size, seed, **options)
+        else:
+            sizes = self.assignment.batch_sizes
+            self.plan = BatchPlan(self.assignment.buckets, sizes, seed, **options)
 
     @property
     def batches_per_epoch(self) -> int:
@@ -236,10 +260,13 @@ class Pipeline:
 
     def num_clips(self, k: int) -> int:
         """Videos in batch k."""
-        return len(self.plan(k)[1])
+        rows = self.plan(k)[1]
+        return len(rows) if self.config.packing is None else sum(map(len, rows))
 
     def describe(self) -> str:
         """One line: clips, buckets, what was left out."""
+        if self.config.packing is not None:
+            return self._describe_packing()
         shapes, expected = self.assignment.shapes, self.assignment.expected
         plain = not self.cached and self.config.buckets is None
         names = ["x".join(map(str, shape[1:] if plain else shape)) for shape in shapes]
@@ -253,11 +280,14 @@ class Pipeline:
 
     def _arrays(self, bucket: int) -> dict[str, jax.ShapeDtypeStruct]:
         b, shape = self.assignment.batch_sizes[bucket], self.assignment.shapes[bucket]
-        metadata = self.dataset.metadata
+        metadata, packing = self.dataset.metadata, self.config.packing
         arrays = {"label": ((), np.int32), "fps": ((), np.float32)}
         if length := self.config.caption_bytes:
             arrays["text"] = ((length,), np.uint8)
-        if not self.cached:
+        if packing is not None:
+            arrays = {n: ((packing.videos, *s), dtype) for n, (s, dtype) in arrays.items()}
+            arrays |= packing.arrays(metadata["latent_channels"], metadata["dtype"])
+        elif not self.cached:
             arrays["video"] = ((*shape, 3), np.uint8)
         else:
             arrays["latents"] = (shape, np.dtype(metadata["dtype"]))
@@ -274,7 +304,9 @@ class Pipeline:
         return self._read(start, share)
 
     def _read(self, start: int, share: Share) -> Iterator[HostBatch]:
-        if self.cached:
+        if self.config.packing is not None:
+            cut = _PackRow(self.dataset, self.config, self._seed)
+        elif self.cached:
             cut = _ReadLatents(self.dataset, self.config)
         else:
             cut = _CutClip(self.dataset, self.config, self.assignment.shapes)
@@ -304,75 +336,19 @@ class Pipeline:
         share = Share(*local_rows(sharding, total), total)
         return on_devices(self._read(start, share), sharding, share, ahead)
 
-    def _assign(self, records: np.ndarray, shuffle: bool) -> buckets.Assignment:
-        names = ("num_frames", "height", "width")
-        frames, heights, widths = (self.dataset.index[name][records] for name in names)
-        config, size = self.config, self._batch_size
-        if self.cached:
-            shapes = np.stack([frames, heights, widths], 1)
-            return self._assign_latents(shapes)
-        longest = longest_clips(self.dataset.index, config.fps)[records]
-        if config.buckets is not None:
-            sizes, options = (heights, widths), {"batch_size": size, "seed": self._seed}
-            return buckets.assign_by_table(
-                config.buckets, longest, frames == 1, *sizes, **options, shuffle=shuffle
-            )
-        nearest = buckets.assign(heights, widths, config.sizes)
-        shapes = [(config.num_frames, *s) for s in config.sizes]
-        chosen = np.where(longest >= config.num_frames, nearest, -1)
-        return buckets.assign_fixed(chosen, shapes, [size] * len(shapes))
-
-    def _assign_latents(self, shapes: np.ndarray) -> buckets.Assignment:
-        shapes, assigned = np.unique(shapes, axis=0, return_inverse=True)
-        shapes = [tuple(shape) for shape in shapes.tolist()]
-        sizes = [self._batch_size] * len(shapes)
-        if (table := self.config.buckets) is not None:
-            known = table.latent_batches(self._batch_size)
-            for shape in shapes:
-                if shape not in known:
-                    raise UserError(
-                        f"{self.dataset.directory} holds latents of {'x'.join(map(str, shape))}, "
-                        "which no bucket of config.data.buckets.table makes: encode with the same "
-                        "table, or leave it out."
-                    )
-            sizes = [known[shape] for shape in shapes]
-        channels = self.dataset.metadata["latent_channels"]
-        shapes = [(*shape, channels) for shape in shapes]
-        return buckets.assign_fixed(assigned.reshape(-1), shapes, sizes)
-
-    def _why(self) -> str:
-        """Why no record fits."""
-        config, total = self.config, len(self.dataset)
-        if config.buckets is not None:
-            return (
-                f" ({self.left_out} of {total} are smaller or shorter than every bucket): add a "
-                "smaller one to config.data.buckets.table, or add videos."
-            )
+    def _describe_packing(self) -> str:
+        packing, rows = self.config.packing, self.plan.epoch(0)
+        kept = sum(video.kept for row in rows for video in row)
+        sides = sides_of(self.dataset, self.records)
+        blocks = packing.count(sides).sum()
+        cut_off = 1.0 - blocks * math.prod(packing.block) / np.prod(sides, axis=1).sum()
+        out = f"; {self.left_out} smaller than a block or larger than a row" * (self.left_out > 0)
         return (
-            f" ({self.left_out} of {total} are shorter than {config.num_frames} frames at "
-            f"{config.fps or 'their own'} fps): lower config.data.num_frames, raise "
-            "config.data.fps, or add videos."
+            f"{self.dataset.directory}: {len(self.records)} videos in {len(rows)} rows of "
+            f"{packing.blocks} blocks of {'x'.join(map(str, packing.block))}; padding "
+            f"{1.0 - kept / (len(rows) * packing.blocks):.1%}, cut off {cut_off:.1%}, dropped "
+            f"{1.0 - kept / blocks:.1%}{out}"
         )
-
-    def _refuse_empty(self) -> None:
-        expected = self.assignment.expected
-        for bucket in self.config.buckets.table if not self.cached else ():
-            sizes = {(bucket.num_frames, *s) for s in self.config.buckets.sizes(bucket.resolution)}
-            cells = [i for i, shape in enumerate(self.assignment.shapes) if shape in sizes]
-            if not expected[cells].any():
-                raise UserError(
-                    f"The bucket of {bucket} is empty: no video of {self.dataset.directory} goes "
-                    "there (`python -m walt_jax.data.buckets` shows where they go); take it out of "
-                    "config.data.buckets.table."
-                )
-
-
-def longest_clips(index: dict[str, np.ndarray], fps: float) -> np.ndarray:
-    """Frames of the longest clip of each record."""
-    if not fps:
-        return index["num_frames"]
-    # Half a frame short still has a nearest frame for every time.
-    return np.floor((index["num_frames"] - 1) / index["fps"] * fps + 0.5).astype(int) + 1
 
 
 def _split(sources: np.ndarray, fraction: float, split: str) -> np.ndarray:

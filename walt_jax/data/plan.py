@@ -75,6 +75,10 @@ class BatchPlan:
         rows = members[np.arange(n * size, (n + 1) * size) % len(members)]
         return bucket, rows if self._records is None else self._records[rows]
 
+    def epoch_of(self, k: int) -> int:
+        """The epoch that batch k is of."""
+        return self._find(k, 0)[0]
+
     def first_row(self, k: int) -> int:
         """Rows in the batches before k."""
         e, epoch, within = self._find(k, 0)
