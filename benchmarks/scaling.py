@@ -85,7 +85,7 @@ def table(records: list[dict[str, Any]]) -> str:
     lines = [
         "# Scaling, by the TPU compiler",
         "",
-        "Made by `python -m benchmarks.scaling`: estimates of the compiler, no readings from a chip.",
+        "Made by `python -m benchmarks.scaling`: the compiler's estimates, no chip was there.",
         "MFU counts model FLOPs without recomputation. Communication is derived: bytes of the",
         "collectives over the rate of the links, less the cycles that the schedule has meanwhile.",
         "",

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from walt_jax.data.pipeline import IMAGES, DataConfig
+from walt_jax.data.joint import IMAGES
+from walt_jax.data.pipeline import DataConfig
 from walt_jax.errors import UserError
 from walt_jax.models.tokenizer.frozen import FrozenTokenizer
 from walt_jax.parallel import Layout, state_shardings
