@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         reports = _search(values, topology, devices, args)
         shown = table(reports)
     else:
-        values["mesh"] = dataclasses.asdict(_mesh(args.mesh, topology))
+        values["mesh"] = dataclasses.asdict(_mesh(args, topology))
         reports = run(config_lib.build(Experiment, values), topology, devices, args.job)
         shown = [line for report in reports for line in lines(report)]
     if args.json:
@@ -100,10 +100,14 @@ def _search(
     return found
 
 
-def _mesh(sizes: list[str] | None, topology: Topology) -> MeshConfig:
+def _mesh(args: argparse.Namespace, topology: Topology) -> MeshConfig:
     """AXIS=N ...; by default slices on `data` and the chips of a slice on `fsdp`."""
+    if args.job != "train":
+        if args.mesh:
+            raise UserError(f"--job {args.job} has every chip on the data axis: leave --mesh out.")
+        return MeshConfig()
     per_slice = topology.chips // topology.slices
-    given = sizes or [f"data={topology.slices}", f"fsdp={per_slice}"]
+    given = args.mesh or [f"data={topology.slices}", f"fsdp={per_slice}"]
     found = dict(size.partition("=")[::2] for size in given)
     if not set(found) <= set(AXES) or not all(n.lstrip("-").isdigit() for n in found.values()):
         raise UserError(f"--mesh takes {', '.join(AXES)}, such as fsdp=16; got {' '.join(given)}.")

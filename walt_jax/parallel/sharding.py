@@ -1,7 +1,6 @@
 """Which array lies where: ordered regex rules, path -> PartitionSpec."""
 
 import dataclasses
-import functools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -146,26 +145,10 @@ class Layout:
                 return leaf
             spec = next(spec for pattern, spec in RULES if re.search(pattern, name))
             kept = P(*(e if e in keep else None for e in spec))
-            # A gradient that rests divided would divide rows and features both, likewise.
-            rests = kept if self.divides_frames and not keep else spec
-            shardings = (
-                NamedSharding(self.mesh, fit(s, leaf.shape, self.mesh)) for s in (rests, kept)
-            )
-            return _gathered(leaf, *shardings)
+            sharding = NamedSharding(self.mesh, fit(kept, leaf.shape, self.mesh))
+            return jax.lax.with_sharding_constraint(leaf, sharding)
 
         return jax.tree_util.tree_map_with_path(one, params)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gathered(x: jax.Array, at_rest: NamedSharding, gathered: NamedSharding) -> jax.Array:
-    """x as it is used; its gradient as it rests, so that it is scattered as it is summed."""
-    return jax.lax.with_sharding_constraint(x, gathered)
-
-
-_gathered.defvjp(
-    lambda x, at_rest, gathered: (_gathered(x, at_rest, gathered), None),
-    lambda at_rest, gathered, _, dy: (jax.lax.with_sharding_constraint(dy, at_rest),),
-)
 
 
 def local_rows(sharding: NamedSharding, batch_size: int) -> tuple[int, int]:

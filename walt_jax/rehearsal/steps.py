@@ -16,6 +16,7 @@ from walt_jax.models.tokenizer.frozen import FrozenTokenizer
 from walt_jax.parallel import Layout, state_shardings
 from walt_jax.parallel.sharding import batch_sharding, lying, replicated
 from walt_jax.tasks import DenoiserTask, Wanted
+from walt_jax.tasks.base import to_unit
 from walt_jax.training.experiment import Experiment
 from walt_jax.training.flops import forward_flops
 from walt_jax.training.program import Program
@@ -149,10 +150,13 @@ def _encoding(experiment: Experiment, mesh: Mesh) -> Step:
     """As `walt_jax.encode` compiles it."""
     data, clips = experiment.data, experiment.batch_size
     tokenizer = FrozenTokenizer.abstract(dataclasses.replace(experiment.task.model, remat=False))
-    video = jax.ShapeDtypeStruct((clips, data.num_frames, *data.sizes[0], 3), jnp.float32)
+    video = jax.ShapeDtypeStruct((clips, data.num_frames, *data.sizes[0], 3), jnp.uint8)
+    model = tokenizer.config
+    discrete = model.quantizer.num_codes(model.latent_channels) is not None
 
     def run(tokenizer: FrozenTokenizer, video: jax.Array, layout: Layout) -> jax.Array:
-        return tokenizer.encode(video, layout)
+        encode = tokenizer.codes if discrete else tokenizer.encode
+        return encode(to_unit(video), layout)
 
     everywhere = jax.tree.map(lambda x: lying(x, replicated(mesh)), tokenizer)
     return Step(
