@@ -89,13 +89,18 @@ def _check(found: str, expected: str, where: object, advice: str) -> None:
         )
 
 
+def cache_folder() -> Path:
+    """Where downloads and the like are kept: $WALT_CACHE, or ~/.cache/walt_jax."""
+    return Path(os.environ.get("WALT_CACHE") or "~/.cache/walt_jax").expanduser()
+
+
 def _download(url: str, sha256: str, suffix: str) -> Path:
     """The file of a URL in the cache; it gets its name there once its hash is right."""
     if not sha256:
         raise UserError(
             f"{url} has no sha256: give one with a URL, so that what arrives is what was published."
         )
-    cache = Path(os.environ.get("WALT_CACHE") or "~/.cache/walt_jax").expanduser()
+    cache = cache_folder()
     path = cache / f"{sha256}{suffix}"
     if path.exists():
         return path

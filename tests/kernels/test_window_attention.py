@@ -172,6 +172,7 @@ def test_bfloat16_keeps_its_dtype_and_the_values(implementation):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("implementation", KERNELS)
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(
     st.tuples(*[st.tuples(st.integers(1, 3), st.integers(1, 2))] * 3),
@@ -180,13 +181,13 @@ def test_bfloat16_keeps_its_dtype_and_the_values(implementation):
     st.sets(st.sampled_from(sorted(ALL))),
     st.integers(0, 2),
 )
-def test_any_shape(axes, num_heads, width, used, causal):
+def test_any_shape(implementation, axes, num_heads, width, used, causal):
     """A window of some tokens along each axis, some windows along each."""
     grid, window = [w * n for w, n in axes], [w for w, _ in axes]
     shape = (2, *grid, num_heads * width)
     arrays, call = arguments(window, used, causal, shape, num_heads)
     wanted = result_and_gradients(dense, arrays, call)
-    attention = functools.partial(window_attention, implementation="xla")
+    attention = functools.partial(window_attention, implementation=implementation)
     check(result_and_gradients(attention, arrays, call), wanted, 2e-5)
 
 

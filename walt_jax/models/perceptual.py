@@ -82,6 +82,11 @@ class Perceptual(abc.ABC):
 
         return self._assemble(take)
 
+    def shapes(self) -> PyTree:
+        """ShapeDtypeStructs of the network's parameters; no file is read."""
+        nothing = self._assemble(lambda name, shape: np.broadcast_to(np.float32(0), shape))
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), nothing)
+
     @abc.abstractmethod
     def distance(
         self,

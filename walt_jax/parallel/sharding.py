@@ -1,6 +1,7 @@
 """Which array lies where: ordered regex rules, path -> PartitionSpec."""
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -18,7 +19,9 @@ PyTree = Any
 # have the parameter's path in theirs, so that the same rules place them.
 RULES: tuple[tuple[str, P], ...] = (
     (r"(^|/)v_(row|col)/", P()),  # adafactor's moments: one axis less than their parameters
-    (r"(qkv|up)/kernel$", P("fsdp", "tensor")),
+    # Their columns are parts for queries, keys and values, each divided over tensor when gathered.
+    (r"(qkv|kv)/kernel$", P(("fsdp", "tensor"), None)),
+    (r"up/kernel$", P("fsdp", "tensor")),
     (r"(out|down)/kernel$", P("tensor", "fsdp")),
     (r"kernel$", P("fsdp", "tensor")),
     (r"embedding$", P(None, "fsdp")),
@@ -143,10 +146,26 @@ class Layout:
                 return leaf
             spec = next(spec for pattern, spec in RULES if re.search(pattern, name))
             kept = P(*(e if e in keep else None for e in spec))
-            sharding = NamedSharding(self.mesh, fit(kept, leaf.shape, self.mesh))
-            return jax.lax.with_sharding_constraint(leaf, sharding)
+            # A gradient that rests divided would divide rows and features both, likewise.
+            rests = kept if self.divides_frames and not keep else spec
+            shardings = (
+                NamedSharding(self.mesh, fit(s, leaf.shape, self.mesh)) for s in (rests, kept)
+            )
+            return _gathered(leaf, *shardings)
 
         return jax.tree_util.tree_map_with_path(one, params)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gathered(x: jax.Array, at_rest: NamedSharding, gathered: NamedSharding) -> jax.Array:
+    """x as it is used; its gradient as it rests, so that it is scattered as it is summed."""
+    return jax.lax.with_sharding_constraint(x, gathered)
+
+
+_gathered.defvjp(
+    lambda x, at_rest, gathered: (_gathered(x, at_rest, gathered), None),
+    lambda at_rest, gathered, _, dy: (jax.lax.with_sharding_constraint(dy, at_rest),),
+)
 
 
 def local_rows(sharding: NamedSharding, batch_size: int) -> tuple[int, int]:
@@ -164,6 +183,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """The same value on every device."""
     return NamedSharding(mesh, P())
+
+
+def lying(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    """The shape of an array that lies so."""
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
 def place(tree: PyTree, shardings: PyTree) -> PyTree:

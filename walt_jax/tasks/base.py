@@ -64,6 +64,10 @@ class Task(abc.ABC):
         del workdir, datasets
         return {}
 
+    def stand_in(self) -> PyTree:
+        """ShapeDtypeStructs of what `prepare` would load, without any file or dataset."""
+        return {}
+
     def keep(self, frozen: PyTree, workdir: str) -> None:
         """Puts what `prepare` gave into the workdir, once the run can start, where it must stay."""
         del frozen, workdir

@@ -10,6 +10,7 @@ from walt_jax.data.records import Dataset
 from walt_jax.diffusion import Constant, Ddim, Diffusion, Sampler, Scale, guide, standard_normal
 from walt_jax.errors import UserError
 from walt_jax.models import Conditions, Denoiser, DenoiserConfig, Network
+from walt_jax.models.named import TOKENIZERS
 from walt_jax.models.text import ByteEncoder, ByteEncoderConfig
 from walt_jax.models.tokenizer.frozen import FrozenTokenizer
 from walt_jax.parallel import Layout
@@ -131,6 +132,14 @@ class DenoiserTask(Task, name="denoiser"):
         for dataset in datasets:
             self._check(dataset, tokenizer)
         return tokenizer
+
+    def stand_in(self) -> FrozenTokenizer:
+        """Of W.A.L.T's tokenizer: which one a run has is known where its folder is."""
+        images = "-2d" if self.model.grid[0] == 1 else ""
+        published = TOKENIZERS[f"tokenizer-walt{images}"]
+        return FrozenTokenizer.abstract(
+            dataclasses.replace(published, latent_channels=self.model.latent_channels)
+        )
 
     def keep(self, frozen: FrozenTokenizer, workdir: str) -> None:
         keep_tokenizer(frozen, workdir)

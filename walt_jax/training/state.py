@@ -88,11 +88,12 @@ def train_step(
         return task.loss(params, state.extra, frozen, batch, key, state.step, layout)
 
     (loss, (metrics, extra)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    decay, ema = warm_decay(config.ema_decay, state.step), params
-    if config.ema_decay:
-        ema = jax.tree.map(lambda e, p: e + (1.0 - decay) * (p - e), state.ema, params)
+    with jax.named_scope("optimizer"):
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        decay, ema = warm_decay(config.ema_decay, state.step), params
+        if config.ema_decay:
+            ema = jax.tree.map(lambda e, p: e + (1.0 - decay) * (p - e), state.ema, params)
     metrics |= {
         "loss": loss,
         "grad_norm": optax.global_norm(grads),
