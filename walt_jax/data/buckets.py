@@ -133,13 +133,15 @@ class BucketsConfig:
         t, h, w = (max(1, n // p) for n, p in zip(latents, self.patch))
         return t, h, w
 
-    def latent_batches(self, default: int) -> dict[tuple[int, int, int], int]:
-        """Batch sizes by the shape (T, H, W) of the latents that the tokenizer makes of clips."""
+    def batches(self, default: int, *, latents: bool) -> dict[tuple[int, int, int], int]:
+        """Batch sizes by the shape (T, H, W) of clips, or of the latents that are made of them."""
         whole = dataclasses.replace(self, patch=(1, 1, 1))
         return {
-            whole.tokens(bucket.num_frames, size): self.batch_size(bucket, size, default)
-            for bucket in self.table
-            for size in self.sizes(bucket.resolution)
+            whole.tokens(b.num_frames, size) if latents else (b.num_frames, *size): (
+                self.batch_size(b, size, default)
+            )
+            for b in self.table
+            for size in self.sizes(b.resolution)
         }
 
     def batch_size(self, bucket: Bucket, size: Size, default: int) -> int:

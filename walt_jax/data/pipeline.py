@@ -270,8 +270,9 @@ class Pipeline:
         shapes, expected = self.assignment.shapes, self.assignment.expected
         plain = not self.cached and self.config.buckets is None
         names = ["x".join(map(str, shape[1:] if plain else shape)) for shape in shapes]
-        counts = ", ".join(f"{expected[i]:g} in {names[i]}" for i in self.assignment.used)
-        short = f"; {self.left_out} too short for a clip" if self.left_out else ""
+        counts = ", ".join(f"{round(expected[i])} in {names[i]}" for i in self.assignment.used)
+        why = "too short for a clip" if plain else "too small or short for every bucket"
+        short = f"; {self.left_out} {why}" if self.left_out else ""
         return f"{self.dataset.directory}: {counts}{short}"
 
     def shapes(self) -> list[dict[str, jax.ShapeDtypeStruct]]:

@@ -85,13 +85,27 @@ def batches(experiment: Experiment) -> Iterator[tuple[str, Shapes]]:
 
 def _clips(experiment: Experiment, data: DataConfig, size: int) -> Iterator[tuple[str, Shapes]]:
     task = experiment.task
-    common = {
-        "label": jax.ShapeDtypeStruct((size,), jnp.int32),
-        "fps": jax.ShapeDtypeStruct((size,), jnp.float32),
-    }
-    if data.caption_bytes:
-        common["text"] = jax.ShapeDtypeStruct((size, data.caption_bytes), jnp.uint8)
-    if isinstance(task, DenoiserTask) and task.model.upsampling is None:
+    cached = isinstance(task, DenoiserTask) and task.model.upsampling is None
+    if data.packing is not None:
+        packing = data.packing
+        arrays = packing.arrays(task.model.latent_channels, "bfloat16")
+        arrays = {n: jax.ShapeDtypeStruct((size, *s), dtype) for n, (s, dtype) in arrays.items()}
+        name = f"{size} rows of {packing.blocks} x {'x'.join(map(str, packing.block))}"
+        yield name, _common(data, size, packing.videos) | arrays
+        return
+    if data.buckets is not None:
+        for shape, clips in sorted(data.buckets.batches(size, latents=cached).items()):
+            name, kind, channels, dtype = (
+                ("latents", "latents ", task.model.latent_channels, jnp.bfloat16)
+                if cached
+                else ("video", "", 3, jnp.uint8)
+            )
+            arrays = {name: jax.ShapeDtypeStruct((clips, *shape, channels), dtype)}
+            name = f"{clips} x {kind}{'x'.join(map(str, shape))}"
+            yield name, _common(data, clips) | arrays
+        return
+    common = _common(data, size)
+    if cached:
         frames = 1 if data is experiment.images else task.model.grid[0]
         shape = (size, frames, *task.model.grid[1:], task.model.latent_channels)
         latents = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
@@ -101,6 +115,17 @@ def _clips(experiment: Experiment, data: DataConfig, size: int) -> Iterator[tupl
         shape = (size, data.num_frames, height, width, 3)
         video = jax.ShapeDtypeStruct(shape, jnp.uint8)
         yield f"{size} x {'x'.join(map(str, shape[1:4]))}", common | {"video": video}
+
+
+def _common(data: DataConfig, *lead: int) -> Shapes:
+    """What a batch holds beside the clips themselves."""
+    common = {
+        "label": jax.ShapeDtypeStruct(lead, jnp.int32),
+        "fps": jax.ShapeDtypeStruct(lead, jnp.float32),
+    }
+    if data.caption_bytes:
+        common["text"] = jax.ShapeDtypeStruct((*lead, data.caption_bytes), jnp.uint8)
+    return common
 
 
 def _sampling(task: DenoiserTask, mesh: Mesh, clips: int) -> Step:

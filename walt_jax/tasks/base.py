@@ -138,6 +138,13 @@ def to_uint8(pixels: np.ndarray | jax.Array) -> np.ndarray:
     return np.clip(np.rint((pixels + 1.0) * 127.5), 0, 255).astype(np.uint8)
 
 
+def shrink(video: jax.Array, factor: tuple[int, int, int]) -> jax.Array:
+    """Pixels (B, T, H, W, 3) averaged over blocks of (fh, fw)."""
+    b, t, h, w, c = video.shape
+    _, fh, fw = factor
+    return video.reshape(b, t, h // fh, fh, w // fw, fw, c).mean((3, 5))
+
+
 def images_of(batch: Batch) -> Batch:
     """The images beside a batch's videos, as a batch of clips of one frame; empty without any."""
     return {k.removeprefix(IMAGES): v for k, v in batch.items() if k.startswith(IMAGES)}

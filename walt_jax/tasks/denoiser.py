@@ -23,6 +23,7 @@ from walt_jax.tasks.base import (
     fold,
     images_of,
     sample_keys,
+    shrink,
     to_unit,
     uniform,
 )
@@ -335,7 +336,7 @@ class DenoiserTask(Task, name="denoiser"):
         if model.given != "none" and x0.shape[1] == model.grid[0]:  # no image beside videos
             given, mask = x0, draw_masks(self.given, fold(keys, 4), x0.shape[1:4])
         if model.upsampling is not None:
-            small = _shrink(to_unit(batch["video"]), model.upsampling)
+            small = shrink(to_unit(batch["video"]), model.upsampling)
             low = jax.lax.stop_gradient(frozen.encode(small, layout))
         return x0, Wanted(
             label=batch["label"] if model.num_classes else None,
@@ -404,10 +405,3 @@ class DenoiserTask(Task, name="denoiser"):
 
 def _denoiser(params: PyTree) -> PyTree:
     return {name: value for name, value in params.items() if name != TEXT}
-
-
-def _shrink(video: jax.Array, factor: tuple[int, int, int]) -> jax.Array:
-    """Pixels (B, T, H, W, 3) averaged over blocks of (fh, fw)."""
-    b, t, h, w, c = video.shape
-    _, fh, fw = factor
-    return video.reshape(b, t, h // fh, fh, w // fw, fw, c).mean((3, 5))

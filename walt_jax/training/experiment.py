@@ -62,5 +62,10 @@ class Experiment:
                 f"config.images.num_frames must be 1, got {self.images.num_frames}: images are "
                 "clips of one frame."
             )
+        if self.images is not None and self.data.packing is not None:
+            raise UserError(
+                "config.data.packing packs images with the videos: put their latents into the same "
+                "dataset and set config.images to None."
+            )
         if not 0 <= self.seed < 2**32:
             raise UserError(f"config.seed must lie in [0, 2**32), got {self.seed}.")

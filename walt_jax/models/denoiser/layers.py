@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from walt_jax.kernels import ExtraKv, resolve_window
 from walt_jax.kernels.window_attention import Window
-from walt_jax.models.denoiser.packing import Packing
+from walt_jax.models.denoiser.packing import Packing, to_frame
 from walt_jax.parallel import Layout, sharded_attention
 
 _kernel_init = nnx.initializers.xavier_uniform()
@@ -281,25 +281,25 @@ class Attention(nnx.Module):
                 continue
             ids = segment_ids
             if packing is not None:
-                ids = None if packing.holds(window) else packing.window_ids(window)
+                ids = None if packing.holds(window) else to_frame(packing.window_ids(window))
+                qkv = qkv if ids is None else [to_frame(y) for y in qkv]
                 window = packing.native(window)
             window = of_image(window) if image else window
             bias = None
             if self.biases is not None and i in self.biased:
                 bias = self.biases[self.biased.index(i)](resolve_window(x.shape[1:4], window))
-            outs.append(
-                sharded_attention(
-                    layout.mesh,
-                    *qkv,
-                    num_heads=self.share,
-                    window=window,
-                    bias=bias,
-                    causal=self.causal,
-                    segment_ids=ids,
-                    qk_norm=self.norm and self.norm.scales(),
-                    implementation=self.implementation,
-                )
+            out = sharded_attention(
+                layout.mesh,
+                *qkv,
+                num_heads=self.share,
+                window=window,
+                bias=bias,
+                causal=self.causal,
+                segment_ids=ids,
+                qk_norm=self.norm and self.norm.scales(),
+                implementation=self.implementation,
             )
+            outs.append(out.reshape(*x.shape[:4], -1))
         return self.out(checkpoint_name(jnp.concatenate(outs, axis=-1), "attention"))
 
 
