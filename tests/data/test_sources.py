@@ -175,7 +175,7 @@ def test_tfds_directory(tmp_path):
 
 def test_tfds_without_video(tmp_path):
     write_tfds(tmp_path / "toy", {"x": tfds.features.Scalar(np.int64)}, [{"x": 1}])
-    with pytest.raises(UserError, match="no Video feature, only x"):
+    with pytest.raises(UserError, match="no Video or Image feature, only x"):
         find_sources(f"tfds:{tmp_path}/toy")
     with pytest.raises(UserError, match="cannot be opened"):
         find_sources("tfds:no_such_dataset_anywhere")

@@ -90,6 +90,7 @@ class DatasetWriter:
         description: str = "",
         metadata: Mapping[str, Any] | None = None,
         overwrite: bool = False,
+        may_be_empty: bool = False,
     ):
         """Raises UserError if `directory` is taken, or another process is writing it.
 
@@ -100,13 +101,14 @@ class DatasetWriter:
           description: a sentence for `dataset_info.json`.
           metadata: JSON values; `label_names`, a list of str, is given a meaning by `Dataset`.
           overwrite: replace a dataset that is there (never a directory of anything else).
+          may_be_empty: a dataset without records is none to complain about.
         """
         self.directory = Path(directory).absolute()
         self.partial = self.directory.with_name(self.directory.name + ".partial")
         self.metadata = dict(metadata or {})
         self._features, self._name, self._description = features, name, description
         self._serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
-        self._index_keys = _index_names(features)
+        self._index_keys, self._may_be_empty = _index_names(features), may_be_empty
         self._shards: dict[int, _Shard] = {}
         check_free(self.directory, overwrite)
         self._lock = lock_directory(self.partial)
@@ -126,21 +128,34 @@ class DatasetWriter:
         if shard in self._shards:
             self._shards[shard].close()
 
-    def add(self, dataset: "Dataset") -> None:
-        """Appends the shards of a dataset of the same features, without reading a record.
+    def add(self, dataset: "Dataset", keep: Sequence[bool] | None = None) -> None:
+        """Appends the records of a dataset of the same features; none is decoded.
 
-        Its files are linked, or moved where the file system has no links.
+        Without `keep` its files are linked, or moved where the file system has no links. With
+        `keep`, N bools, files of which all is kept are linked or copied, of others the bytes of
+        the records kept are copied; `dataset` stays whole.
         """
+        if not len(dataset):
+            return
         with np.load(dataset.directory / INDEX, allow_pickle=False) as columns:
             digests = [row.tobytes() for row in columns["digest"]]
         rows = list(zip(*(dataset.index[k].tolist() for k in self._index_keys)))
         for entry, stop in zip(dataset.metadata["shards"], dataset._ends):
-            number, part = len(self._shards), slice(stop - entry["records"], stop)
-            shard = _Shard(self.partial / f"shard-{number:05d}", rows[part], digests[part])
-            try:
-                os.link(dataset.directory / entry["file"], shard.path)
-            except OSError:
-                (dataset.directory / entry["file"]).rename(shard.path)
+            number, part = len(self._shards), range(stop - entry["records"], stop)
+            kept = [i for i in part if keep is None or keep[i]]
+            if not kept:
+                continue
+            path, source = self.partial / f"shard-{number:05d}", dataset.directory / entry["file"]
+            if len(kept) == len(part):
+                shard = _Shard(path, [rows[i] for i in kept], [digests[i] for i in kept])
+                try:
+                    os.link(source, path)
+                except OSError:
+                    source.rename(path) if keep is None else shutil.copyfile(source, path)
+            else:
+                shard = _Shard(path)
+                for i in kept:
+                    shard.write(dataset.read_bytes(i), rows[i])
             self._shards[number] = shard
 
     def __enter__(self) -> "DatasetWriter":
@@ -158,7 +173,7 @@ class DatasetWriter:
 
     def _finish(self) -> None:
         shards = [self._shards[i] for i in sorted(self._shards)]
-        if not shards:
+        if not shards and not self._may_be_empty:
             raise UserError(f"no record was written to {self.directory}: check the input.")
         entries, rows, digests = [], [], []
         for i, shard in enumerate(shards):
@@ -169,10 +184,24 @@ class DatasetWriter:
             digests += shard.digests
         columns = {k: np.array(c) for k, c in zip(self._index_keys, zip(*rows))}
         whole = b"".join(digests)
-        columns["digest"] = np.frombuffer(whole, np.uint8).reshape(len(digests), -1)
+        columns["digest"] = np.frombuffer(whole, np.uint8).reshape(len(digests), 32)
         np.savez(self.partial / INDEX, **columns)
         self.metadata |= {"format_version": FORMAT_VERSION, "shards": entries}
         self.metadata["fingerprint"] = hashlib.sha256(whole).hexdigest()
+        if shards:
+            self._describe(entries)
+        else:  # TFDS knows no dataset without records
+            self._features.save_config(str(self.partial))
+            (self.partial / "metadata.json").write_text(json.dumps(self.metadata))
+        replaced = self.partial.with_name(self.directory.name + ".replaced")
+        shutil.rmtree(replaced, ignore_errors=True)
+        if self.directory.exists():
+            self.directory.rename(replaced)
+        self.partial.rename(self.directory)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+    def _describe(self, entries: Sequence[Mapping[str, Any]]) -> None:
+        """Writes what TFDS wants to know."""
         split = tfds.core.SplitInfo(
             name="train",
             shard_lengths=[e["records"] for e in entries],
@@ -187,12 +216,6 @@ class DatasetWriter:
             metadata=tfds.core.MetadataDict(self.metadata),
             check_data=False,
         )
-        replaced = self.partial.with_name(self.directory.name + ".replaced")
-        shutil.rmtree(replaced, ignore_errors=True)
-        if self.directory.exists():
-            self.directory.rename(replaced)
-        self.partial.rename(self.directory)
-        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def write_dataset(
@@ -232,7 +255,7 @@ class Dataset:
         return Dataset, (self.directory,)
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return int(self._ends[-1]) if self._ends.size else 0
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         return self.read(i)
@@ -242,6 +265,18 @@ class Dataset:
 
         Raises IndexError out of range, UserError for a shard that is missing or damaged.
         """
+        data, where = self._fetch(i)
+        try:
+            record = self._features.deserialize_example_np(data)
+        except Exception as error:  # protobuf and TFDS each raise their own kinds
+            raise UserError(f"{where} is damaged: prepare the dataset again.") from error
+        return {name: _plain(value) for name, value in record.items()}
+
+    def read_bytes(self, i: int) -> bytes:
+        """Record i as it lies on disk; errors as in `read`."""
+        return self._fetch(i)[0]
+
+    def _fetch(self, i: int) -> tuple[bytes, str]:
         i = int(i)
         if not 0 <= i < len(self):
             raise IndexError(f"record {i} of {len(self)} in {self.directory}")
@@ -253,11 +288,10 @@ class Dataset:
                 options = "readahead_buffer_size:0,max_parallelism:0"
                 self._readers[shard] = ArrayRecordReader(str(path), options)
             (data,) = self._readers[shard].read([within])
-            record = self._features.deserialize_example_np(data)
-        except Exception as error:  # array_record, protobuf and TFDS each raise their own kinds
+        except Exception as error:  # array_record raises its own kinds
             where = f"{path} is missing or damaged at its record {within}"
             raise UserError(f"{where}: prepare the dataset again.") from error
-        return {name: _plain(value) for name, value in record.items()}
+        return data, f"record {within} of {path}"
 
     @functools.cached_property
     def metadata(self) -> dict[str, Any]:
@@ -297,6 +331,11 @@ class Dataset:
         except Exception as error:  # zipfile and numpy raise many kinds
             raise UserError(f"{path} is damaged: delete it to have it made anew.") from error
         return index
+
+    @property
+    def features(self) -> tfds.features.FeaturesDict:
+        """What a record holds."""
+        return self._features
 
     @functools.cached_property
     def _features(self) -> tfds.features.FeaturesDict:
