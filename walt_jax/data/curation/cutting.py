@@ -143,8 +143,6 @@ def _resampled(
     for frame in frames:
         scene, time, _ = frame
         if previous is None or scene != previous[0]:
-            if previous is not None and not taken and start + k / fps - previous[1] < 0.5 / fps:
-                yield previous
             start, k, previous = time, 0, None
         used = False
         while start + k / fps <= time + 1e-9:
@@ -158,5 +156,3 @@ def _resampled(
                 yield frame
                 used = True
         previous, taken = frame, used
-    if previous is not None and not taken and start + k / fps - previous[1] < 0.5 / fps:
-        yield previous

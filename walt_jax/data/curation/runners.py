@@ -162,7 +162,11 @@ def pipeline_options(runner: str, workers: int, flags: Sequence[str]) -> Any:
         raise UserError(f"Nothing reads the argument {unknown[0]!r}: see --help.")
     flags = [f"--runner={runner}", *flags]
     if runner == "DirectRunner":
-        default = {"direct_running_mode": "multi_processing", "direct_num_workers": workers}
+        default = {
+            "direct_running_mode": "multi_processing",
+            "direct_num_workers": workers,
+            "default_sdk_harness_log_level": "ERROR",
+        }
         flags += [
             f"--{name}={value}"
             for name, value in default.items()
