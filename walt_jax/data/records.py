@@ -354,13 +354,17 @@ def open_dataset(directory: str | Path, features: Iterable[str] = ()) -> Dataset
     """Opens a dataset after checking that all of it is there.
 
     Args:
-      directory: what `DatasetWriter` wrote.
+      directory: what `DatasetWriter` wrote, or the file of a mixture (see `mixture.py`).
       features: names that a record must have, for example `VIDEO_FEATURES`.
 
     Raises:
       UserError: not a dataset, another format, a feature or shard is missing, or a shard is
         truncated; names the path.
     """
+    if Path(directory).suffix == ".json":
+        from walt_jax.data.mixture import open_mixture  # made of datasets that are opened here
+
+        return open_mixture(directory, features)
     dataset = Dataset(directory)
     shards = dataset.metadata["shards"]
     missing = sorted(set(features) - set(dataset._features))
