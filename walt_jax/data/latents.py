@@ -4,6 +4,7 @@ A record holds a clip's normalised latents as float16 or, where the tokenizer ha
 codes packed to `latent_channels` bits each; and the tokenizer's hash. `Pipeline` reads both.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -103,6 +104,8 @@ def encode_dataset(
         "seed": seed,
         "batches_per_shard": batches_per_shard,
     }
+    if data.buckets is not None:
+        settings["buckets"] = dataclasses.asdict(data.buckets)
     batches = range(epochs * pipeline.batches_per_epoch)
     shards = [batches[k : k + batches_per_shard] for k in batches[::batches_per_shard]]
     features = CODE_FEATURES if discrete else LATENT_FEATURES

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
-from walt_jax.data.pipeline import IMAGES
+from walt_jax.data.joint import IMAGES
 from walt_jax.data.records import Dataset
 from walt_jax.models import Network
 from walt_jax.parallel import Layout
@@ -142,3 +142,13 @@ def images_of(batch: Batch) -> Batch:
 def sample_keys(key: jax.Array, batch_size: int) -> jax.Array:
     """A key for each row, so that what a row draws depends on no other row and on no mesh."""
     return jax.vmap(lambda row: jax.random.fold_in(key, row))(np.arange(batch_size))
+
+
+def fold(keys: jax.Array, data: int) -> jax.Array:
+    """Keys (B,) for one of several draws of each row."""
+    return jax.vmap(lambda k: jax.random.fold_in(k, data))(keys)
+
+
+def uniform(keys: jax.Array, data: int) -> jax.Array:
+    """One of several draws of each row, in [0, 1): float32 (B,)."""
+    return jax.vmap(jax.random.uniform)(fold(keys, data))

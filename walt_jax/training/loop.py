@@ -16,7 +16,8 @@ from etils import epath
 from jax.sharding import Mesh
 
 from walt_jax import config as config_lib
-from walt_jax.data.pipeline import Joint, Pipeline
+from walt_jax.data.joint import Joint
+from walt_jax.data.pipeline import Pipeline
 from walt_jax.data.records import Dataset, open_dataset
 from walt_jax.errors import UserError
 from walt_jax.parallel import describe, make_mesh
@@ -254,7 +255,7 @@ class _Log:
         now = time.monotonic()
         seconds, self._clock = now - self._clock, now
         progress.next_batch = step
-        progress.clips += self._run.experiment.batch_size
+        progress.clips += self._run.data.num_clips(step - 1)
         progress.seconds += seconds
         progress.core_seconds += seconds * jax.device_count()
         progress.flops += flops

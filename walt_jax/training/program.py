@@ -43,6 +43,12 @@ class Program:
                     f"config.{name}={size} must be a multiple of the {shards} devices of the data "
                     "and fsdp axes."
                 )
+        for bucket in experiment.data.buckets.table if experiment.data.buckets else ():
+            if (bucket.batch_size or experiment.data.buckets.batch_multiple) % shards:
+                raise UserError(
+                    f"config.data.buckets: the batch_size of {bucket} (or batch_multiple, where it "
+                    f"is 0) must be a multiple of the {shards} devices of the data and fsdp axes."
+                )
         self.task, self.layout, self._mesh = experiment.task, Layout(mesh), mesh
         self._config = experiment.optimizer
         self._schedule = make_schedule(experiment.optimizer, experiment.num_steps)

@@ -20,6 +20,7 @@ from walt_jax.models.denoiser.layers import (
     modulate,
     over_grid,
 )
+from walt_jax.models.denoiser.packing import Packing
 from walt_jax.parallel import Layout
 
 
@@ -33,6 +34,7 @@ class Context:
       memory_BMD: tokens outside of the grid that layers read, or None; memory_mask_BM: which.
       segment_ids: int (B, T, H, W), tokens of other numbers are hidden; or None.
       image: the tokens are one frame of a grid with more.
+      packing: the tokens are packed videos; then vectors are (B, S, D), one a video.
     """
 
     condition_BD: jax.Array
@@ -41,6 +43,13 @@ class Context:
     memory_mask_BM: jax.Array | None = None
     segment_ids: jax.Array | None = None
     image: bool = False
+    packing: Packing | None = None
+
+    def over_grid(self, vectors: jax.Array) -> jax.Array:
+        """Vectors (B, D), or (B, S, D) of packed videos, to multiply the tokens (B, T, H, W, D)."""
+        if self.packing is not None:
+            return self.packing.over_grid(vectors)
+        return over_grid(vectors)
 
 
 def num_vectors(config: DenoiserConfig) -> int:
@@ -122,6 +131,7 @@ class Layer(nnx.Module):
                     causal=config.causal,
                     image_identity=config.image_identity,
                     relative_bias=config.relative_bias,
+                    any_size=config.any_size,
                     qk_norm=config.qk_norm,
                     dtype=dtype,
                     rngs=rngs,
@@ -158,7 +168,11 @@ class Layer(nnx.Module):
     def __call__(self, x: jax.Array, context: Context, layout: Layout) -> jax.Array:
         config, cross = self.config, self.config.cross_attention
         branches = self._branches(context, x.dtype)
-        seen = {"image": context.image, "segment_ids": context.segment_ids}
+        seen = {
+            "image": context.image,
+            "segment_ids": context.segment_ids,
+            "packing": context.packing,
+        }
         for i, attention in enumerate(self.attentions):
             # STDiT's temporal attention reads x as it is and has the spatial one's gate.
             if i and config.conditioning == "adaln_single":
@@ -188,8 +202,10 @@ class Layer(nnx.Module):
             scale = next(vectors)
             gate = None if self.config.conditioning == "adaln" else next(vectors)
             yield (
-                lambda x, shift=shift, scale=scale: modulate(layer_norm(x), shift, scale),
-                _as_it_is if gate is None else lambda y, gate=gate: over_grid(gate) * y,
+                lambda x, vectors=(shift, scale): modulate(
+                    layer_norm(x), *map(context.over_grid, vectors)
+                ),
+                _as_it_is if gate is None else lambda y, gate=gate: context.over_grid(gate) * y,
             )
 
 

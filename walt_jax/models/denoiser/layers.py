@@ -11,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from walt_jax.kernels import ExtraKv, resolve_window
 from walt_jax.kernels.window_attention import Window
+from walt_jax.models.denoiser.packing import Packing
 from walt_jax.parallel import Layout, sharded_attention
 
 _kernel_init = nnx.initializers.xavier_uniform()
@@ -91,21 +92,21 @@ def over_grid(vectors_BD: jax.Array) -> jax.Array:
     return vectors_BD[:, None, None, None, :]
 
 
-def modulate(x: jax.Array, shift_BD: jax.Array, scale_BD: jax.Array) -> jax.Array:
-    """x (1 + scale) + shift, a vector a sample."""
-    return x * (1 + over_grid(scale_BD)) + over_grid(shift_BD)
+def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+    """x (1 + scale) + shift, which lie over the grid."""
+    return x * (1 + scale) + shift
 
 
 def sinusoids(values: jax.Array, features: int) -> jax.Array:
-    """Cosines and sines of (B,) values at falling frequencies: float32 (B, features)."""
+    """Cosines and sines of (...) values at falling frequencies: float32 (..., features)."""
     half = features // 2
     frequencies = np.exp(-math.log(10_000) * np.arange(half) / half)
-    angles = values.astype(jnp.float32)[:, None] * frequencies.astype(np.float32)
+    angles = values.astype(jnp.float32)[..., None] * frequencies.astype(np.float32)
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
 class TimeEmbedding(nnx.Module):
-    """Sinusoids of the time through two Dense layers: (B, num_sinusoids) to (B, D)."""
+    """Sinusoids of the time through two Dense layers: (..., num_sinusoids) to (..., D)."""
 
     def __init__(self, width: int, num_sinusoids: int, rngs: nnx.Rngs) -> None:
         self.dense_in = linear(num_sinusoids, width, jnp.float32, rngs)
@@ -113,6 +114,30 @@ class TimeEmbedding(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.dense_out(nnx.silu(self.dense_in(x)))
+
+
+class AxisEmbedding(nnx.Module):
+    """Learned positions along one axis (NaViT, 2307.06304, section 2.1)."""
+
+    def __init__(self, length: int, width: int, *, fractional: bool, rngs: nnx.Rngs) -> None:
+        self.fractional = fractional
+        self.table = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (length, width)))
+
+    def __call__(self, places: jax.Array, extents: jax.Array) -> jax.Array:
+        """Of places (..., L) in videos with so many places (...): float32 (..., L, D).
+
+        Fractional ones read the table between its entries, at (place + 1/2) / extent of its length;
+        a video of this length has the entries themselves.
+        """
+        table = self.table[...]
+        if not self.fractional:
+            return table[places]
+        length = table.shape[0]
+        at = (places + 0.5) / jnp.maximum(extents, 1)[..., None] * length - 0.5
+        at = jnp.clip(at, 0.0, length - 1.0)
+        low = jnp.floor(at).astype(jnp.int32)
+        share = (at - low)[..., None]
+        return (1 - share) * table[low] + share * table[jnp.minimum(low + 1, length - 1)]
 
 
 class Affine(nnx.Module):
@@ -178,6 +203,7 @@ class Attention(nnx.Module):
         causal: bool,
         image_identity: bool,
         relative_bias: bool,
+        any_size: bool = False,
         qk_norm: bool,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
@@ -190,7 +216,9 @@ class Attention(nnx.Module):
         self.qkv = linear(width, 3 * width, dtype, rngs)
         self.out = linear(width, width, dtype, rngs)
         self.norm = HeadNorm(width, num_heads) if qk_norm else None
-        blocks = [resolve_window(grid, window) for window in self.windows]
+        # A window that spans an axis is as large as the clip.
+        self.biased = [i for i, w in enumerate(self.windows) if not any_size or 0 not in w]
+        blocks = [resolve_window(grid, self.windows[i]) for i in self.biased]
         self.biases = (
             nnx.List([RelativeBias(block, self.share, rngs) for block in blocks])
             if relative_bias
@@ -204,6 +232,7 @@ class Attention(nnx.Module):
         *,
         image: bool = False,
         segment_ids: jax.Array | None = None,
+        packing: Packing | None = None,
     ) -> jax.Array:
         """x (B, T, H, W, D); `image` where it is one frame of the grid that this was built for."""
         passes = [image and self.image_identity and window[0] != 1 for window in self.windows]
@@ -216,10 +245,14 @@ class Attention(nnx.Module):
             if passes[i]:
                 outs.append(qkv[2])
                 continue
+            ids = segment_ids
+            if packing is not None:
+                ids = None if packing.holds(window) else packing.window_ids(window)
+                window = packing.native(window)
             window = of_image(window) if image else window
             bias = None
-            if self.biases is not None:
-                bias = self.biases[i](resolve_window(x.shape[1:4], window))
+            if self.biases is not None and i in self.biased:
+                bias = self.biases[self.biased.index(i)](resolve_window(x.shape[1:4], window))
             outs.append(
                 sharded_attention(
                     layout.mesh,
@@ -228,7 +261,7 @@ class Attention(nnx.Module):
                     window=window,
                     bias=bias,
                     causal=self.causal,
-                    segment_ids=segment_ids,
+                    segment_ids=ids,
                     qk_norm=self.norm and self.norm.scales(),
                     implementation=self.implementation,
                 )
@@ -282,15 +315,20 @@ class CrossAttention(nnx.Module):
         *,
         image: bool = False,
         segment_ids: jax.Array | None = None,
+        packing: Packing | None = None,
     ) -> jax.Array:
-        """x (B, T, H, W, D) reads the memory where its mask is True."""
+        """x (B, T, H, W, D) reads the memory where its mask is True; (B, M) or for each token."""
         keys = self._keys(x) if self.queries else (None, None)
+        window = self.window
+        if packing is not None:
+            segment_ids = None if packing.holds(window) else packing.window_ids(window)
+            window = packing.native(window)
         out = sharded_attention(
             layout.mesh,
             self.q(x),
             *keys,
             num_heads=self.num_heads,
-            window=of_image(self.window) if image else self.window,
+            window=of_image(window) if image else window,
             causal=self.causal,
             segment_ids=segment_ids if self.queries else None,
             extra_kv=ExtraKv(*self._keys(memory_BMD), mask_BM),
