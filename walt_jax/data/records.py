@@ -44,6 +44,18 @@ FORMAT_VERSION = 1
 INDEX = "index.npz"
 
 
+class BrokenRecord(UserError):
+    """A record that cannot be read or decoded.
+
+    Attributes:
+      key: names the record.
+    """
+
+    def __init__(self, message: str, key: str) -> None:
+        super().__init__(message)
+        self.key = key
+
+
 def exact(dtype: type, *shape: int | None) -> tfds.features.Tensor:
     """A feature whose bits survive: tf.Example alone would squeeze float64 into float32."""
     return tfds.features.Tensor(shape=shape, dtype=dtype, encoding="bytes")
@@ -269,7 +281,7 @@ class Dataset:
         try:
             record = self._features.deserialize_example_np(data)
         except Exception as error:  # protobuf and TFDS each raise their own kinds
-            raise UserError(f"{where} is damaged: prepare the dataset again.") from error
+            raise BrokenRecord(f"{where} is damaged: prepare the dataset again.", where) from error
         return {name: _plain(value) for name, value in record.items()}
 
     def read_bytes(self, i: int) -> bytes:
@@ -290,7 +302,7 @@ class Dataset:
             (data,) = self._readers[shard].read([within])
         except Exception as error:  # array_record raises its own kinds
             where = f"{path} is missing or damaged at its record {within}"
-            raise UserError(f"{where}: prepare the dataset again.") from error
+            raise BrokenRecord(f"{where}: prepare the dataset again.", where) from error
         return data, f"record {within} of {path}"
 
     @functools.cached_property
@@ -401,8 +413,8 @@ def decode_frames(record: Mapping[str, Any], frame_indices: Sequence[int]) -> np
             raise IndexError(f"frame {t} of {len(offsets) - 1} in the record of {record['source']}")
         image = cv2.imdecode(payload[offsets[t] : offsets[t + 1]], cv2.IMREAD_COLOR_RGB)
         if image is None or image.shape != frames.shape[1:]:
-            where = f"frame {t} in the record of {record['source']}"
-            raise UserError(f"{where} is damaged: prepare the dataset again.")
+            where = f"the record of {record['source']} at {record['start']:g} s"
+            raise BrokenRecord(f"frame {t} in {where} is damaged: prepare it again.", where)
         frames[i] = image
     return frames
 
