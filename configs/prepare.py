@@ -11,7 +11,7 @@ any prepared dataset into another:
 
 The thresholds below are starting points. Scores depend on the content and on --short-side, so look
 at the histograms of report.html before choosing. Aesthetics and image-text match need a CLIP model
-exported to ONNX (docs/data.md), captions an OpenAI-compatible endpoint in $OPENAI_BASE_URL:
+exported to ONNX (docs/curation.md), captions an OpenAI-compatible endpoint in $OPENAI_BASE_URL:
 
     --config.scores.clip="{'image': {'source': 'vision_model.onnx'}, ...}"
     --config.captions.endpoint="{'model': 'NAME'}"

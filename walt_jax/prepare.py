@@ -7,7 +7,7 @@ PATH is a folder (searched recursively), a file, a glob, WebDataset tars, a CSV 
 (path, caption, label, start, end; paths relative to the manifest), tfds:NAME, ucf101:DIR,
 kinetics:DIR or imagenet:DIR with --split, a URL of a store (gs://...), or a prepared dataset, which
 is filtered. An image becomes a video of one frame. A config says how clips are cut, scored,
-captioned and filtered; see docs/data.md. What is left out is named with its reason in
+captioned and filtered; see docs/curation.md. What is left out is named with its reason in
 DIR/report.html and DIR/report.json. Killed and started again, it goes on where it was.
 """
 
@@ -67,6 +67,11 @@ def _parser() -> argparse.ArgumentParser:
         help="threads, or a Beam runner (default: threads for up to 1024 videos without scores and "
         "captions, else DirectRunner, with a process for each worker)",
     )
+    add(
+        "--staging",
+        metavar="URL",
+        help="where workers leave their parts if --output is no file system that they share",
+    )
     add("--overwrite", action="store_true", help="replace the dataset in DIR")
     return parser
 
@@ -94,6 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         workers=args.workers,
         runner=args.runner,
         beam_flags=flags,
+        staging=args.staging,
         overwrite=args.overwrite,
         progress=True,
     )

@@ -1,6 +1,7 @@
 """Inputs that lie in a store: every kind of input from fsspec's memory:// as from a folder."""
 
 import io
+import pickle
 import tarfile
 
 import cv2
@@ -77,6 +78,38 @@ def test_copies_are_temporary(url):
     with stores.local_copy(f"{url}/a/one.mp4") as path:
         assert path.read_bytes() == fsspec.filesystem("memory").cat("/bucket/in/a/one.mp4")
     assert not path.exists()
+
+
+def test_a_dataset_in_a_store_is_fetched_as_it_is_read(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("WALT_CACHE", str(tmp_path / "cache"))
+    prepare_dataset(folder, tmp_path / "out", shards=2)
+    store, url = fsspec.filesystem("memory"), "memory://bucket/out"
+    stores.upload(tmp_path / "out" / "report", f"{url}/report", last="histograms.png")
+    for path in (tmp_path / "out").iterdir():
+        if path.is_file():
+            store.pipe(f"/bucket/out/{path.name}", path.read_bytes())
+    local, remote = open_dataset(tmp_path / "out"), open_dataset(url)
+    assert remote.fingerprint == local.fingerprint and len(remote) == 4
+    np.testing.assert_array_equal(remote.index["source"], local.index["source"])
+
+    def fetched():
+        return len(list((tmp_path / "cache").rglob("*.array_record-*")))
+
+    assert fetched() == 0
+    for i, count in ((3, 1), (0, 2), (1, 2)):
+        np.testing.assert_array_equal(remote.read(i)["payload"], local.read(i)["payload"])
+        assert fetched() == count
+    assert pickle.loads(pickle.dumps(remote)).read(2)["sha256"] == local.read(2)["sha256"]
+    (shard,) = [n for n in store.find("/bucket/out") if "00001-of" in n]
+    whole = store.cat(shard)
+    store.pipe(shard, whole[:-9])
+    with pytest.raises(UserError, match=r"memory://bucket/out/.*00001-of-00002 has \d+ of"):
+        open_dataset(url)
+    store.rm(shard)
+    with pytest.raises(UserError, match=r"00001-of-00002 is missing"):
+        open_dataset(url)
+    with pytest.raises(UserError, match="memory://bucket/in is not a complete dataset"):
+        open_dataset("memory://bucket/in")
 
 
 # WebDataset

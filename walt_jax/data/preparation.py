@@ -9,6 +9,7 @@
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -18,12 +19,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from walt_jax.data import stores
 from walt_jax.data.curation import filtering, runners, scores
 from walt_jax.data.curation.config import PrepareConfig, endpoint_settings
 from walt_jax.data.curation.report import write_report
-from walt_jax.data.curation.work import Work, features, write_sources
+from walt_jax.data.curation.work import LAST, Work, features, write_sources
 from walt_jax.data.directories import check_free
-from walt_jax.data.parts import Parts, begun_with
+from walt_jax.data.parts import Parts, PartStore, begun_with
 from walt_jax.data.records import VIDEO_FEATURES, Dataset, DatasetWriter, open_dataset
 from walt_jax.data.source_kinds import to_json
 from walt_jax.data.sources import Found, find_input
@@ -72,6 +74,7 @@ def prepare_dataset(
     workers: int | None = None,
     runner: str | None = None,
     beam_flags: Sequence[str] = (),
+    staging: str | None = None,
     overwrite: bool = False,
     progress: bool = False,
 ) -> PrepareReport:
@@ -95,6 +98,8 @@ def prepare_dataset(
       runner: "threads", or the name of a Beam runner; by default threads for little work, else
         "DirectRunner".
       beam_flags: Beam's own options.
+      staging: a URL (gs://...) where workers leave their parts, from which this process fetches
+        them; by default they write beside `directory`, on a file system that all share.
       overwrite: replace the dataset in `directory`.
       progress: show a progress bar.
 
@@ -109,6 +114,12 @@ def prepare_dataset(
     if max_seconds is not None:
         cut = dataclasses.replace(config.cut, max_seconds=max_seconds)
         config = dataclasses.replace(config, cut=cut)
+    if stores.is_remote(directory):
+        raise UserError(
+            f"--output {directory} is a URL: give a folder, and copy it there when it is done."
+        )
+    if staging is not None and not stores.is_remote(staging):
+        raise UserError(f"--staging {staging} is no URL of a store: give one, such as gs://...")
     directory = Path(directory).absolute()
     check_free(directory, overwrite)
     if (Path(source) / "metadata.json").is_file():
@@ -132,7 +143,7 @@ def prepare_dataset(
         for said in scores.left_off(config.scores) if _scores(config) else ():
             logger.info(said)
         runner = runner or runners.default_runner(count, _scores(config))
-        job = _Job(found, config, settings, parts, runner, tuple(beam_flags), progress)
+        job = _Job(found, config, settings, parts, runner, tuple(beam_flags), staging, progress)
         scored = job.run(str(source), scored_at, workers or runners.default_workers(), overwrite)
     report = _keep(scored, directory, config, overwrite)
     if not config.filter.is_on:
@@ -188,6 +199,7 @@ class _Job:
     parts: int
     runner: str
     flags: tuple[str, ...]
+    staging: str | None
     progress: bool
 
     def run(self, source: str, directory: Path, workers: int, overwrite: bool) -> Dataset:
@@ -201,11 +213,13 @@ class _Job:
             overwrite=overwrite and not resumes,
         ) as parts:
             sources, store = self.found.sources, parts.store
-            offsets = write_sources(store.folder, sources, self.parts)
+            folder = self._folder(store, directory.name)
+            offsets = write_sources(folder, sources, self.parts)
             label_ids = {name: i for i, name in enumerate(_label_names(self.found))}
-            work = Work(self.config, label_ids, str(store.folder), store.settings)
+            work = Work(self.config, label_ids, folder, store.settings)
             bounds = [len(sources) * i // self.parts for i in range(self.parts + 1)]
-            missing = parts.missing()
+            missing = set(parts.missing())
+            missing -= _arrived(store, folder, missing)
             left = sum(bounds[i + 1] - bounds[i] for i in missing)
             with progress_bar(
                 total=len(sources),
@@ -216,14 +230,25 @@ class _Job:
             ) as bar:
                 runners.run_parts(
                     work,
-                    [(part, offsets[part]) for part in missing],
+                    [(part, offsets[part]) for part in sorted(missing)],
                     runner=self.runner,
                     workers=workers,
                     flags=self.flags,
-                    done=store.is_whole,
+                    arrived=functools.partial(_arrived, store, folder),
                     advance=lambda part: bar.update(bounds[part + 1] - bounds[part]),
                 )
-            return self._joined(parts, source)
+            _arrived(store, folder, missing)
+            dataset = self._joined(parts, source)
+            if self.staging is not None:
+                stores.remove(folder)
+            return dataset
+
+    def _folder(self, store: PartStore, name: str) -> str:
+        """Where workers leave their parts; in a store, parts of other settings lie elsewhere."""
+        if self.staging is None:
+            return str(store.folder)
+        digest = hashlib.sha256(json.dumps(store.settings, sort_keys=True).encode()).hexdigest()
+        return f"{self.staging.rstrip('/')}/{name}-{digest[:16]}"
 
     def _joined(self, parts: Parts, source: str) -> Dataset:
         notes = [parts.store.note(i) for i in range(self.parts)] if not parts.joined else None
@@ -243,6 +268,17 @@ class _Job:
                 "notes": _merged(notes or []),
             },
         )
+
+
+def _arrived(store: PartStore, folder: str, parts: set[int]) -> set[int]:
+    """Which of the parts are there; those that lie in a store are fetched first."""
+    if stores.is_remote(folder):
+        whole = {name.split("/")[0] for name in stores.files(folder) if name.endswith(LAST)}
+        for part in parts:
+            path = store.path(part)
+            if path.name in whole and not store.is_whole(part):
+                stores.download(f"{folder}/{path.name}", path)
+    return {part for part in parts if store.is_whole(part)}
 
 
 def _merged(notes: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -34,10 +34,12 @@ from typing import Any
 import cv2
 import numpy as np
 import tensorflow_datasets as tfds
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from array_record.python.array_record_module import ArrayRecordReader
 from tensorflow_datasets.core import example_serializer
 
+from walt_jax.data import stores
 from walt_jax.data.directories import check_free, empty_directory, lock_directory
+from walt_jax.data.shards import Shard
 from walt_jax.errors import UserError
 
 FORMAT_VERSION = 1
@@ -121,7 +123,7 @@ class DatasetWriter:
         self._features, self._name, self._description = features, name, description
         self._serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
         self._index_keys, self._may_be_empty = _index_names(features), may_be_empty
-        self._shards: dict[int, _Shard] = {}
+        self._shards: dict[int, Shard] = {}
         check_free(self.directory, overwrite)
         self._lock = lock_directory(self.partial)
         empty_directory(self.partial)
@@ -129,7 +131,7 @@ class DatasetWriter:
     def write(self, example: Mapping[str, Any], shard: int = 0) -> None:
         """Appends one example, a value for each feature, to a shard."""
         if shard not in self._shards:
-            self._shards[shard] = _Shard(self.partial / f"shard-{shard:05d}")
+            self._shards[shard] = Shard(self.partial / f"shard-{shard:05d}")
         # Plain SerializeToString may order the features differently in each process.
         encoded = self._features.encode_example(example)
         data = self._serializer.get_tf_example(encoded).SerializeToString(deterministic=True)
@@ -159,13 +161,13 @@ class DatasetWriter:
                 continue
             path, source = self.partial / f"shard-{number:05d}", dataset.directory / entry["file"]
             if len(kept) == len(part):
-                shard = _Shard(path, [rows[i] for i in kept], [digests[i] for i in kept])
+                shard = Shard(path, [rows[i] for i in kept], [digests[i] for i in kept])
                 try:
                     os.link(source, path)
                 except OSError:
                     source.rename(path) if keep is None else shutil.copyfile(source, path)
             else:
-                shard = _Shard(path)
+                shard = Shard(path)
                 for i in kept:
                     shard.write(dataset.read_bytes(i), rows[i])
             self._shards[number] = shard
@@ -259,12 +261,13 @@ class Dataset:
         videos `fps`, `duration`, `start` float64, `width`, `height`, `num_frames`, `label` int64.
     """
 
-    def __init__(self, directory: str | Path):
-        self.directory = Path(directory)
+    def __init__(self, directory: str | Path, url: str | None = None):
+        """`url` is where the files are that `directory`, a cache, does not have yet."""
+        self.directory, self._url = Path(directory), url
         self._readers: dict[int, ArrayRecordReader] = {}
 
     def __reduce__(self) -> tuple:
-        return Dataset, (self.directory,)
+        return Dataset, (self.directory, self._url)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if self._ends.size else 0
@@ -297,6 +300,8 @@ class Dataset:
         path = self.directory / self.metadata["shards"][shard]["file"]
         try:
             if shard not in self._readers:
+                if self._url is not None:
+                    stores.cached(self._url, path.name, self.directory)
                 options = "readahead_buffer_size:0,max_parallelism:0"
                 self._readers[shard] = ArrayRecordReader(str(path), options)
             (data,) = self._readers[shard].read([within])
@@ -366,7 +371,8 @@ def open_dataset(directory: str | Path, features: Iterable[str] = ()) -> Dataset
     """Opens a dataset after checking that all of it is there.
 
     Args:
-      directory: what `DatasetWriter` wrote, or the file of a mixture (see `mixture.py`).
+      directory: what `DatasetWriter` wrote, the URL of a copy of it in a store (gs://...), or the
+        file of a mixture (see `mixture.py`).
       features: names that a record must have, for example `VIDEO_FEATURES`.
 
     Raises:
@@ -377,19 +383,30 @@ def open_dataset(directory: str | Path, features: Iterable[str] = ()) -> Dataset
         from walt_jax.data.mixture import open_mixture  # made of datasets that are opened here
 
         return open_mixture(directory, features)
-    dataset = Dataset(directory)
+    dataset = _cached(str(directory)) if stores.is_remote(directory) else Dataset(directory)
     shards = dataset.metadata["shards"]
     missing = sorted(set(features) - set(dataset._features))
     if missing:
         lacks = f"{directory} holds records without {', '.join(missing)}"
         raise UserError(f"{lacks}: give the directory of a dataset that was written for this use.")
     for shard in shards:
-        path = dataset.directory / shard["file"]
-        size = path.stat().st_size if path.is_file() else None
+        path = stores.join(directory, shard["file"])
+        size = stores.size(path)
         if size != shard["bytes"]:
             found = "is missing" if size is None else f"has {size} of {shard['bytes']} bytes"
             raise UserError(f"{path} {found}: prepare the dataset again or copy it completely.")
     return dataset
+
+
+def _cached(url: str) -> Dataset:
+    """A dataset in a store; its shards are fetched when a record of them is first read."""
+    if not stores.exists(stores.join(url, "metadata.json")):
+        lacks = f"{url} is not a complete dataset (it has no metadata.json)"
+        raise UserError(f"{lacks}: check the path, or run `python -m walt_jax.prepare`.")
+    folder = stores.cache_of(url, stores.read_text(stores.join(url, "metadata.json")))
+    for name in ("metadata.json", "features.json", INDEX):
+        stores.cached(url, name, folder)
+    return Dataset(folder, url)
 
 
 def decode_frames(record: Mapping[str, Any], frame_indices: Sequence[int]) -> np.ndarray:
@@ -417,26 +434,6 @@ def decode_frames(record: Mapping[str, Any], frame_indices: Sequence[int]) -> np
             raise BrokenRecord(f"frame {t} in {where} is damaged: prepare it again.", where)
         frames[i] = image
     return frames
-
-
-class _Shard:
-    """One file of records, with what the dataset wants to know about them."""
-
-    def __init__(self, path: Path, rows: Iterable[Sequence] = (), digests: Iterable[bytes] = ()):
-        self.path, self.rows, self.digests = path, list(rows), list(digests)
-        self._writer: ArrayRecordWriter | None = None
-
-    def write(self, data: bytes, row: Sequence) -> None:
-        if self._writer is None:
-            # Payloads are compressed already; one record a group makes random access one read.
-            self._writer = ArrayRecordWriter(str(self.path), "group_size:1,uncompressed")
-        self._writer.write(data)
-        self.rows.append(row)
-        self.digests.append(hashlib.sha256(data).digest())
-
-    def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
 
 
 def _plain(value: Any) -> Any:

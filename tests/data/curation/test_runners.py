@@ -4,12 +4,14 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 
@@ -129,6 +131,58 @@ def test_several_processes_write_the_same_bytes(videos, tmp_path):
     assert [p.name for p in sorted(tmp_path.iterdir())] == [
         *("beam", "beam.scored", "threads", "threads.scored")
     ]
+
+
+def test_parts_by_way_of_a_store(videos, tmp_path):
+    prepare_dataset(videos, tmp_path / "straight", config=SCORED, runner="threads")
+    options = {"config": SCORED, "runner": "threads", "staging": "memory://bucket/tmp"}
+    prepare_dataset(videos, tmp_path / "staged", **options)
+    assert digests(tmp_path / "straight") == digests(tmp_path / "staged")
+    store = fsspec.filesystem("memory")
+    assert not store.find("/bucket/tmp")
+    # What an interrupted run left in the store is not made again.
+    made = []
+    call = Work.__call__
+
+    def stops(self, part, *args):
+        if made:
+            raise UserError("interrupted")
+        made.append(part)
+        return call(self, part, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Work, "__call__", stops)
+        with pytest.raises(UserError, match="interrupted"):
+            prepare_dataset(videos, tmp_path / "again", workers=1, **options)
+    assert len(store.glob("/bucket/tmp/*/*/metadata.json")) == 1
+    shutil.rmtree(tmp_path / "again.scored.parts")  # as on another machine
+
+    def counts(self, part, *args):
+        made.append(part)
+        return call(self, part, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Work, "__call__", counts)
+        prepare_dataset(videos, tmp_path / "again", **options)
+    assert sorted(made) == [0, 1]
+    assert digests(tmp_path / "straight") == digests(tmp_path / "again")
+
+
+@pytest.mark.slow
+def test_processes_that_share_a_store_alone(videos, tmp_path):
+    pytest.importorskip("apache_beam", reason="needs apache-beam (the extra `data`)")
+    options = {"config": SCORED, "shards": 4}
+    prepare_dataset(videos, tmp_path / "threads", runner="threads", **options)
+    options |= {"runner": "DirectRunner", "staging": f"file://{tmp_path}/bucket"}
+    prepare_dataset(videos, tmp_path / "beam", workers=2, **options)
+    assert digests(tmp_path / "threads") == digests(tmp_path / "beam")
+
+
+def test_outputs_are_folders(videos, tmp_path):
+    with pytest.raises(UserError, match="is a URL: give a folder"):
+        prepare_dataset(videos, "gs://bucket/out")
+    with pytest.raises(UserError, match="is no URL of a store"):
+        prepare_dataset(videos, tmp_path / "out", staging=str(tmp_path))
 
 
 @pytest.mark.slow

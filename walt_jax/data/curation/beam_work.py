@@ -25,7 +25,7 @@ class MakePart(beam.DoFn):
             note = self._work(*item)
         except UserError as error:
             path = stores.join(stores.join(self._work.folder, "errors"), f"{part:05d}")
-            with stores.open_file(path, "w") as file:
+            with stores.open_file(path, "w", auto_mkdir=True) as file:
                 file.write(str(error))
             return
         self._records.inc(note["records"])

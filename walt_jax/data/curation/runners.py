@@ -7,16 +7,16 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
+from walt_jax.data import stores
 from walt_jax.data.curation.work import Work
 from walt_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
 Item = tuple[int, int]  # a part's number, and where its sources are listed
 THREADS = "threads"
-_POLL = 1.0  # seconds between two looks at what Beam's workers have done
+_POLL, _FAR_POLL = 1.0, 10.0  # seconds between two looks at what Beam's workers have done
 
 
 def run_parts(
@@ -26,7 +26,7 @@ def run_parts(
     runner: str | None,
     workers: int,
     flags: Sequence[str],
-    done: Callable[[int], bool],
+    arrived: Callable[[set[int]], set[int]],
     advance: Callable[[int], None],
 ) -> None:
     """Runs `work` on every item.
@@ -37,7 +37,7 @@ def run_parts(
       runner: "threads", or Beam's name of a runner.
       workers: threads, or processes of the DirectRunner.
       flags: Beam's own options, as on its command lines.
-      done: whether a part is there.
+      arrived: which of some parts are there.
       advance: told every part as it is made, in this thread.
 
     Raises:
@@ -46,7 +46,7 @@ def run_parts(
     if runner == THREADS:
         _run_threads(work, items, workers, advance)
     else:
-        _run_beam(work, items, runner, workers, flags, done, advance)
+        _run_beam(work, items, runner, workers, flags, arrived, advance)
 
 
 def has_beam() -> bool:
@@ -74,20 +74,19 @@ def _run_beam(
     runner: str,
     workers: int,
     flags: Sequence[str],
-    done: Callable[[int], bool],
+    arrived: Callable[[set[int]], set[int]],
     advance: Callable[[int], None],
 ) -> None:
     import apache_beam as beam
     from apache_beam.runners.runner import PipelineState
 
-    errors = Path(work.folder) / "errors"
-    errors.mkdir(exist_ok=True)
-    for path in errors.iterdir():
-        path.unlink()
+    errors = stores.join(work.folder, "errors")
+    stores.remove(str(errors))
+    pause = _FAR_POLL if stores.is_remote(work.folder) else _POLL
     left = {part for part, _ in items}
 
     def look() -> None:
-        for part in sorted(p for p in left if done(p)):
+        for part in sorted(arrived(left)):
             left.discard(part)
             advance(part)
 
@@ -106,13 +105,13 @@ def _run_beam(
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     while thread.is_alive():
-        thread.join(_POLL)
+        thread.join(pause)
         look()
     look()
     if left:
-        said = next((p.read_text() for p in sorted(errors.iterdir())), None)
-        if said is not None:
-            raise UserError(said)
+        said = stores.files(errors)
+        if said:
+            raise UserError(stores.read_text(stores.join(errors, said[0])))
     if isinstance(outcome[0], BaseException) or outcome[0] != PipelineState.DONE:
         raise UserError(
             f"Beam's {runner} failed ({_last_line(outcome[0])}): see the log above; the parts that "
@@ -121,7 +120,7 @@ def _run_beam(
     if left:
         raise UserError(
             f"Beam's workers finished, but {work.folder} lacks {len(left)} parts: --output must "
-            "lie where all workers and this process can write."
+            "lie where all workers and this process can write; or give a store as --staging."
         )
 
 

@@ -6,6 +6,7 @@ Pixels never leave the worker: what goes between workers is the number of a part
 import collections
 import dataclasses
 import json
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,6 +26,7 @@ from walt_jax.data.source_kinds import FileSource, Source, from_json, to_json
 from walt_jax.errors import UserError
 
 SOURCES = "sources.jsonl"
+LAST = "metadata.json"  # of what is uploaded, so that a part that has it is whole
 Note = dict[str, Any]
 
 
@@ -43,7 +45,7 @@ class Work:
     Attributes:
       config: what is made of the sources.
       label_ids: class name -> number.
-      folder: of the parts; it holds `sources.jsonl`, one part a line.
+      folder: of the parts, or the URL of one; it holds `sources.jsonl`, one part a line.
       settings: of the parts, as `PartStore` has them.
     """
 
@@ -66,9 +68,19 @@ class Work:
             sources = [from_json(values) for values in json.loads(file.readline())]
         note: Note = {"sources": len(sources), "records": 0, "frames": 0}
         note |= {"skipped": [], "dropped": [], "refused": []}
-        store = PartStore(Path(self.folder), features(self.config), self.settings)
-        store.write(part, self._examples(sources, note, stop), note)
+        examples = self._examples(sources, note, stop)
+        if not stores.is_remote(self.folder):
+            self._store(Path(self.folder)).write(part, examples, note)
+            return note
+        with tempfile.TemporaryDirectory(prefix="walt_jax-") as scratch:
+            store = self._store(Path(scratch))
+            store.write(part, examples, note)
+            made = store.path(part)
+            stores.upload(made, f"{self.folder}/{made.name}", last=LAST)
         return note
+
+    def _store(self, folder: Path) -> PartStore:
+        return PartStore(folder, features(self.config), self.settings)
 
     def _examples(
         self, sources: Iterable[Source], note: Note, stop: threading.Event | None
@@ -163,14 +175,13 @@ def _sidecar(path: Path | str, extension: str) -> str:
     return ""
 
 
-def write_sources(folder: Path, sources: list[Source], parts: int) -> list[int]:
+def write_sources(folder: Path | str, sources: list[Source], parts: int) -> list[int]:
     """Lists the sources of every part in `folder`; returns the byte where each part's begin."""
     offsets, text = [], b""
     for part in range(parts):
         bounds = [len(sources) * i // parts for i in (part, part + 1)]
         offsets.append(len(text))
         text += json.dumps([to_json(s) for s in sources[slice(*bounds)]]).encode() + b"\n"
-    temporary = folder / f"{SOURCES}.tmp"
-    temporary.write_bytes(text)
-    temporary.replace(folder / SOURCES)
+    with stores.open_file(stores.join(folder, SOURCES), "wb") as file:
+        file.write(text)
     return offsets
