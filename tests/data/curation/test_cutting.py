@@ -1,12 +1,18 @@
 """Clips of a stream of frames: scene cuts, lengths, frame rates."""
 
+import os
+from pathlib import Path
+
 import cv2
 import numpy as np
 import pytest
 
+from walt_jax.data import video
 from walt_jax.data.curation.config import CutConfig
 from walt_jax.data.curation.cutting import cut_clips
 from walt_jax.errors import UserError
+
+CLIPS = Path(os.environ.get("WALT_TEST_DATA", Path(__file__).parents[4] / "shared" / "clips"))
 
 
 def stream(seconds, fps, scene=0, start=0.0):
@@ -33,6 +39,24 @@ def test_no_clip_goes_over_a_cut(detector):
     pytest.importorskip("scenedetect", reason="needs PySceneDetect (the extra `data`)")
     clips = list(cut_clips(scenes(2.0, 1.5, 1.0), 0.0, CutConfig(detector=detector)))
     assert shape(clips) == [(0, 0.0, 60, True), (1, 2.0, 45, True), (2, 3.5, 30, True)]
+
+
+@pytest.mark.skipif(not CLIPS.is_dir(), reason=f"no test clips at {CLIPS}")
+def test_real_videos_one_after_the_other():
+    """A bee, a flower and a car park are three scenes, though the bee's camera moves."""
+    pytest.importorskip("scenedetect", reason="needs PySceneDetect (the extra `data`)")
+    frames, starts, start = [], [], 0.0
+    for name in (
+        "bee_1280x720_h264.mp4",
+        "flower_960x540_h264.mp4",
+        "car-detection_768x432_12.5fps_h264.mp4",
+    ):
+        starts.append(start)
+        for time, frame in video.iter_frames(CLIPS / f"{name}.mp4", short_side=72, end=3.0):
+            frames.append((start + time, cv2.resize(frame, (128, 72))))
+        start += 3.1
+    clips = list(cut_clips(frames, 0.0, CutConfig(detector="adaptive")))
+    assert [clip.times[0] for clip in clips] == starts
 
 
 def test_a_scene_too_short_is_none_of_its_own():
