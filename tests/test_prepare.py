@@ -32,6 +32,13 @@ def write_clips(folder, count, frames=8, size=(48, 64), fps=10):
     return folder
 
 
+def digests(folder):
+    files = (p for p in folder.rglob("*") if p.is_file())
+    return {
+        p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files
+    }
+
+
 def manifest():
     rows = (CLIPS / "MANIFEST.md").read_text().splitlines() if CLIPS.is_dir() else []
     cells = [[c.strip() for c in row.strip("|").split("|")] for row in rows if row.count("|") > 10]
@@ -111,14 +118,12 @@ def test_same_bytes_with_any_number_of_workers(tmp_path):
     folder = write_clips(tmp_path / "in", 9)
     (folder / "class0" / "bad.mp4").write_text("no video")
 
-    def digests(name, **options):
+    def prepared(name, **options):
         prepare_dataset(folder, tmp_path / name, **options)
-        return {
-            p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in (tmp_path / name).iterdir()
-        }
+        return digests(tmp_path / name)
 
-    assert digests("one", workers=1) == digests("four", workers=4)
-    three = digests("three", shards=3)
+    assert prepared("one", workers=1) == prepared("four", workers=4)
+    three = prepared("three", shards=3)
     assert len([name for name in three if "array_record" in name]) == 3
     one, three = (records.open_dataset(tmp_path / name) for name in ("one", "three"))
     assert one.fingerprint == three.fingerprint
@@ -168,22 +173,27 @@ def test_folder_of_images(tmp_path):
     np.testing.assert_allclose(records.decode_frames(dataset.read(1), [0]), 99, atol=1)
 
 
-def test_kill_leaves_nothing_complete(tmp_path):
+def test_killed_and_run_again_it_gives_the_same_shards(tmp_path):
     folder = write_clips(tmp_path / "in", 12, frames=100, size=(240, 320))
-    output = tmp_path / "out"
-    command = [sys.executable, "-m", "walt_jax.prepare", "--input", str(folder)]
-    command += ["--output", str(output), "--workers", "1", "--shards", "12"]
-    process = subprocess.Popen(command, cwd=REPO, stderr=subprocess.DEVNULL)
-    partial = tmp_path / "out.partial"
-    deadline = time.monotonic() + 30
-    while not (partial / "shard-00003").exists() and time.monotonic() < deadline:
+    (folder / "class0" / "bad.mp4").write_text("no video")
+    output, parts = tmp_path / "out", tmp_path / "out.scored.parts"
+    command = [sys.executable, "-m", "walt_jax.prepare", "--input", str(folder), "--shards", "12"]
+    command += ["--workers", "1", "--output"]
+    process = subprocess.Popen([*command, str(output)], cwd=REPO, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (parts / "00003").exists() and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    assert partial.is_dir() and not output.exists()
-    for directory in (output, partial):
-        with pytest.raises(UserError, match="not a complete dataset"):
-            records.open_dataset(directory)
-    subprocess.run(command, cwd=REPO, check=True, capture_output=True)
-    assert not partial.exists()
-    assert len(records.open_dataset(output)) == 12
+    whole = sorted(p for p in parts.iterdir() if p.name.isdecimal())
+    assert 4 <= len(whole) < 12 and not output.exists()
+    kept = {p: p.stat().st_ino for path in whole for p in path.glob("*.array_record-*")}
+    with pytest.raises(UserError, match=r"begun with other settings.*short_side"):
+        prepare_dataset(folder, output, shards=12, short_side=99)
+    done = subprocess.run([*command, str(output)], cwd=REPO, check=True, capture_output=True)
+    assert b"goes on: " in done.stderr
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["in", "out"]
+    # What was there is what is there now: the same files, by links.
+    assert set(kept.values()) <= {p.stat().st_ino for p in output.iterdir()}
+    prepare_dataset(folder, tmp_path / "straight", shards=12)
+    assert digests(output) == digests(tmp_path / "straight")

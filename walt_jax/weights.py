@@ -68,6 +68,30 @@ def load_weights(source: str, sha256: str = "") -> dict[str, np.ndarray]:
         ) from error
 
 
+def weights_file(source: str, sha256: str = "") -> Path:
+    """The local path of a file of weights of any kind, its hash checked where one is given.
+
+    Args:
+      source: a path or an http(s) URL, which is kept as `load_weights` keeps it.
+      sha256: hex digest; needed for a URL.
+
+    Raises:
+      UserError: a missing file, a URL without a hash or one that cannot be reached, a wrong hash.
+    """
+    sha256 = sha256.lower()
+    if source.startswith(("http://", "https://")):
+        suffix = PurePosixPath(urllib.parse.urlsplit(source).path).suffix
+        return _download(source, sha256, suffix)
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: give the path or URL of a weights file.")
+    if sha256:
+        with open(path, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        _check(found, sha256, path, "delete it and get it again")
+    return path
+
+
 def _npz(data: bytes) -> dict[str, np.ndarray]:
     with np.load(io.BytesIO(data), allow_pickle=False) as file:
         return {name: np.asarray(file[name]) for name in file.files}

@@ -26,6 +26,11 @@ class Joint:
         """Videos in batch k."""
         return self._videos.num_clips(k)
 
+    @property
+    def broken(self) -> dict[str, str]:
+        """As of `Pipeline`, of both."""
+        return {**self._videos.broken, **self._images.broken}
+
     def describe(self) -> str:
         """One line for both."""
         return f"{self._videos.describe()}; images from {self._images.describe()}"

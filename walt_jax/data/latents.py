@@ -87,6 +87,7 @@ def encode_dataset(
             f"epochs={epochs}, batch_size={batch_size} and batches_per_shard={batches_per_shard} "
             "must be at least 1."
         )
+    data = dataclasses.replace(data, max_broken=0.0)  # latents of another video are no stand-in
     # In the records' order: so a row is known that only fills up a batch.
     pipeline = Pipeline(dataset, data, batch_size=batch_size, seed=seed, split="all", shuffle=False)
     config = tokenizer.config

@@ -26,6 +26,7 @@ from walt_jax.data.feeding import HostBatch, Share, on_devices, stacked
 from walt_jax.data.packing import PackingConfig, PackPlan, fill_row
 from walt_jax.data.plan import BatchPlan
 from walt_jax.data.records import Dataset, decode_frames
+from walt_jax.data.replacement import BrokenRecords, Replacing
 from walt_jax.errors import UserError
 from walt_jax.models.text import to_bytes
 from walt_jax.models.tokenizer.quantizers import Lfq, unpack_codes
@@ -49,6 +50,8 @@ class DataConfig:
       packing: cached latents of any size share the rows of a batch, instead of buckets.
       caption_bytes: a caption's bytes that a batch holds, for what reads text; longer ones are cut.
       eval_fraction: share of the source videos held out, at least one; chosen by their names.
+      max_broken: share of the split's records that may turn out to be broken; each is replaced by
+        another one, and with more of them the run stops.
       num_workers: processes that decode; 0 decodes in threads of this one.
       num_threads: threads that decode in each process.
     """
@@ -61,6 +64,7 @@ class DataConfig:
     packing: PackingConfig | None = None
     caption_bytes: int = 0
     eval_fraction: float = 0.05
+    max_broken: float = 0.01
     num_workers: int = 0
     num_threads: int = 8
 
@@ -75,6 +79,8 @@ class DataConfig:
             raise UserError(
                 f"config.data.eval_fraction must lie in [0, 1), got {self.eval_fraction}."
             )
+        if not 0 <= self.max_broken <= 1:
+            raise UserError(f"config.data.max_broken must lie in [0, 1], got {self.max_broken}.")
         if not self.sizes or any(side < 1 for size in self.sizes for side in size):
             raise UserError(f"config.data.sizes must name (height, width) pairs, got {self.sizes}.")
         if self.buckets is not None and self.packing is not None:
@@ -245,6 +251,7 @@ class Pipeline:
         self.records, self.assignment = chosen, assign(chosen)
         if config.buckets is not None and not self.cached and split != "eval":
             refuse_empty(dataset, config, self.assignment)
+        self._broken = BrokenRecords(str(dataset.directory), len(chosen), config.max_broken)
         options = {"shuffle": shuffle, "records": chosen}
         if config.packing is not None:
             blocks = config.packing.count(sides_of(dataset, chosen))
@@ -257,6 +264,11 @@ class Pipeline:
     def batches_per_epoch(self) -> int:
         """Batches in which every video of the split appears, but those that an epoch leaves out."""
         return self.plan.batches_per_epoch
+
+    @property
+    def broken(self) -> dict[str, str]:
+        """The records that could not be decoded until now: what names each, and the reason."""
+        return self._broken.reasons
 
     def num_clips(self, k: int) -> int:
         """Videos in batch k."""
@@ -312,7 +324,9 @@ class Pipeline:
         else:
             cut = _CutClip(self.dataset, self.config, self.assignment.shapes)
         source = grain.MapDataset.source(_Rows(self.plan, share, self._seed))
-        clips = source.slice(slice(share.rows(self.plan.first_row(start)), None)).map(cut)
+        clips = source.slice(slice(share.rows(self.plan.first_row(start)), None)).map(
+            Replacing(cut, self.plan)
+        )
         most = share.rows(max(self.assignment.batch_sizes))
         options = grain.ReadOptions(
             num_threads=self.config.num_threads, prefetch_buffer_size=max(most, 16)
@@ -324,9 +338,8 @@ class Pipeline:
             clips = clips.mp_prefetch(
                 grain.MultiprocessingOptions(num_workers=self.config.num_workers)
             )
-        return stacked(
-            iter(clips), (share.rows(len(self.plan(k)[1])) for k in itertools.count(start))
-        )
+        counts = (share.rows(len(self.plan(k)[1])) for k in itertools.count(start))
+        return self._broken.counted(stacked(iter(clips), counts))
 
     def on_devices(
         self, sharding: NamedSharding, start: int = 0, ahead: int = 2

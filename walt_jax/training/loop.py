@@ -145,7 +145,7 @@ class _Run:
         batches = self.data.on_devices(self.batch_sharding, first)
         with jax.transfer_guard("disallow"):
             for step in range(first, experiment.num_steps):
-                batch = next(batches)
+                batch = log.waited_for(batches)
                 executable, flops = compiled.get(_shape(batch), (None, 0.0))
                 if executable is None:
                     raise UserError(
@@ -240,7 +240,7 @@ class _Log:
         self._run, self._writer = run, writer
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._window: list[dict[str, float]] = []
-        self._clock = time.monotonic()
+        self._clock, self._waited = time.monotonic(), 0.0
         self._mark = dataclasses.replace(progress)
         experiment = run.experiment
         self._line = metrics_lib.ProgressLine(
@@ -259,6 +259,13 @@ class _Log:
         progress.seconds += seconds
         progress.core_seconds += seconds * jax.device_count()
         progress.flops += flops
+
+    def waited_for(self, batches: Iterator[dict[str, jax.Array]]) -> dict[str, jax.Array]:
+        """The next batch; the time until it is there is the wait for the input."""
+        began = time.monotonic()
+        batch = next(batches)
+        self._waited += time.monotonic() - began
+        return batch
 
     def flush(self) -> None:
         """Waits for the newest step and handles its metrics."""
@@ -287,6 +294,7 @@ class _Log:
             hours = self.progress.core_seconds / 3600
             scalars = {f"train/{k}": v for k, v in means.items()}
             scalars |= {f"speed/{k}": v for k, v in rates.items()}
+            scalars["data/broken_records"] = len(self._run.data.broken)
             self._writer.write_scalars(step, {**scalars, "speed/core_hours": hours})
         del means["learning_rate"]
         self._line(step, rates, {"loss": means["loss"], **means})
@@ -300,7 +308,9 @@ class _Log:
             "steps/s": (now.next_batch - before.next_batch) / seconds,
             "clips/s": (now.clips - before.clips) / seconds,
             "clips/s/chip": (now.clips - before.clips) / seconds / devices,
+            "input wait": self._waited / seconds,
         }
+        self._waited = 0.0
         if peak := metrics_lib.peak_flops(jax.devices()[0].device_kind):
             rates["MFU"] = (now.flops - before.flops) / seconds / devices / peak
         return rates
