@@ -220,6 +220,13 @@ class Pipeline:
         """Batches in which every video of the split appears."""
         return self.plan.batches_per_epoch
 
+    def keys(self, k: int) -> list[str]:
+        """The records of batch k, a row each: `source@start`."""
+        _, records = self.plan(k)
+        index = self.dataset.index
+        starts = index["start"] if "start" in index else np.zeros(len(self.dataset))
+        return [f"{index['source'][i]}@{starts[i]:g}" for i in records]
+
     def describe(self) -> str:
         """One line: clips, buckets, what was left out."""
         counts = ", ".join(f"{n} in {s}" for s, n in self._bucket_counts().items())
@@ -332,6 +339,11 @@ class Joint:
 
     def __init__(self, videos: Pipeline, images: Pipeline) -> None:
         self._videos, self._images = videos, images
+
+    @property
+    def pipelines(self) -> list[Pipeline]:
+        """Of the videos and of the images."""
+        return [self._videos, self._images]
 
     def describe(self) -> str:
         """One line for both."""
