@@ -1,6 +1,7 @@
 """Optimizers and learning-rate schedules."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -147,7 +148,7 @@ def _direction(config: OptimizerConfig) -> list[optax.GradientTransformation]:
     if config.name == "muon":
         muon = optax.chain(
             contrib.scale_by_muon(weight_dimension_numbers=_matrices),
-            contrib.scale_by_shape(weight_dimension_numbers=_matrices, consistent_rms=0.2),
+            optax.stateless(lambda updates, _: jax.tree.map(_like_adam, updates)),
         )
         return [optax.partition({"muon": muon, "adam": adam}, _by_muon)]
     momentum = [optax.ema(config.b1, debias=True)] if config.b1 else []
@@ -163,12 +164,16 @@ def _by_muon(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(one, params)
 
 
+def _rows(x: Any) -> tuple[int, ...]:
+    """Input axes of a kernel (in, out), (layer, in, out), or a convolution's (taps..., in, out)."""
+    return tuple(range(x.ndim - 1)) if x.ndim > 3 else (x.ndim - 2,)
+
+
 def _matrices(params: Any) -> Any:
-    """Which axes of a kernel are rows and columns."""
+    return jax.tree.map(lambda x: contrib.MuonDimensionNumbers(_rows(x), (x.ndim - 1,)), params)
 
-    def one(x: Any) -> contrib.MuonDimensionNumbers:
-        # (in, out), (layer, in, out), or a convolution's (..., taps, in, out).
-        inputs = tuple(range(x.ndim - 1)) if x.ndim > 3 else (x.ndim - 2,)
-        return contrib.MuonDimensionNumbers(inputs, (x.ndim - 1,))
 
-    return jax.tree.map(one, params)
+def _like_adam(update: jax.Array) -> jax.Array:
+    """An orthogonal matrix, or several, with Adam's usual RMS."""
+    inputs = math.prod(update.shape[axis] for axis in _rows(update))
+    return update * (0.2 * max(inputs, update.shape[-1]) ** 0.5)

@@ -25,8 +25,9 @@ class Preemption:
     the furthest one that any of them has begun.
     """
 
-    def __init__(self) -> None:
-        self._told = False
+    def __init__(self, period: float = 5.0) -> None:
+        """`period`: seconds between two looks at the machine's metadata server."""
+        self._period, self._told = period, False
         self._synced = jax.distributed.is_initialized()
         self._before: Any = None
         self._ended = threading.Event()
@@ -36,7 +37,9 @@ class Preemption:
         if not self._synced and threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGTERM, self._notice)
         if host := metadata_server():
-            threading.Thread(target=_watch, args=(host, self._ended), daemon=True).start()
+            threading.Thread(
+                target=_watch, args=(host, self._ended, self._period), daemon=True
+            ).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -80,7 +83,7 @@ def notice(host: str, timeout: float = 5.0) -> str:
     return ""
 
 
-def _watch(host: str, ended: threading.Event, period: float = 5.0) -> None:
+def _watch(host: str, ended: threading.Event, period: float) -> None:
     """Passes a notice on as SIGTERM, once."""
     while not ended.wait(period):
         try:

@@ -1,0 +1,174 @@
+"""`python -m launch.local_pod --processes N --devices K -- COMMAND ...`: a pod on this machine.
+
+Runs N copies of the command as one JAX program with K CPU devices each. The command takes the flags
+--coordinator, --num_processes and --process_id, as `python -m walt_jax.train` and
+`python -m walt_jax.encode` do:
+
+    python -m launch.local_pod --processes 2 --devices 4 -- \
+        python -m walt_jax.train --config configs/sprites_walt.py:debug --workdir out/pod
+
+Each line has its process before it. When one process fails, the others are ended. A preempted job
+starts again, and so does one that crashed, up to --restarts times; a mistake of the user (status 2)
+ends it.
+"""
+
+import argparse
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import IO
+
+from launch.commands import restarts_after
+
+_PERIOD = 0.05  # seconds between two looks at the processes
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the pod; returns the status of the process that ended it."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--processes", type=int, default=2, help="hosts (default 2)")
+    parser.add_argument("--devices", type=int, default=1, help="CPU devices of each (default 1)")
+    parser.add_argument("--restarts", type=int, default=0, help="after crashes (default 0)")
+    parser.add_argument(
+        "--grace",
+        type=float,
+        default=20.0,
+        metavar="SECONDS",
+        help="that the others have to end by themselves when one has (default 20)",
+    )
+    parser.add_argument("--compilation_cache", metavar="DIR", help="kept between starts")
+    parser.add_argument("--dry_run", action="store_true", help="print what would be run")
+    parser.add_argument("command", nargs="+", help="what every process runs, after --")
+    args = parser.parse_args(argv)
+    if args.processes < 1 or args.devices < 1:
+        parser.error("--processes and --devices must be at least 1")
+    if args.dry_run:
+        for i in range(args.processes):
+            env = _environment(args, {})
+            words = [f"{k}={v}" for k, v in env.items()] + _command(args, "PORT", i)
+            print(" ".join(map(shlex.quote, words)))
+        return 0
+    crashes = 0
+    while True:
+        status = _Pod(args).run()
+        again, crashes = restarts_after(status, crashes, args.restarts)
+        if not again:
+            return status
+        print(f"pod: status {status}, starting again", flush=True)
+
+
+def _environment(args: argparse.Namespace, base: Mapping[str, str]) -> dict[str, str]:
+    env = {**base, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(args.devices)}
+    if args.compilation_cache:
+        env["JAX_COMPILATION_CACHE_DIR"] = os.path.abspath(args.compilation_cache)
+        env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    return env
+
+
+def _command(args: argparse.Namespace, port: int | str, index: int) -> list[str]:
+    flags = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={args.processes}"]
+    return [*args.command, *flags, f"--process_id={index}"]
+
+
+class _Pod:
+    """One start of all processes."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        env = _environment(args, os.environ)
+        self._grace = args.grace
+        self._processes, self._readers = [], []
+        self._told: int | None = None
+        before = {n: signal.signal(n, self._pass_on) for n in (signal.SIGTERM, signal.SIGINT)}
+        self._before = before
+        for i in range(args.processes):
+            process = subprocess.Popen(
+                _command(args, port, i),
+                env=env,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                start_new_session=True,  # what it starts ends with it
+            )
+            reader = threading.Thread(target=_prefix, args=(process.stdout, i), daemon=True)
+            reader.start()
+            self._processes.append(process)
+            self._readers.append(reader)
+
+    def run(self) -> int:
+        """Waits; returns 0, or the status of the process that failed first."""
+        try:
+            status = self._wait()
+        finally:
+            for process in self._processes:
+                _kill(process)
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+        for reader in self._readers:
+            reader.join(timeout=5)
+        if self._told is not None and status:
+            return 128 + self._told  # as the shell says it; the pod itself was told to leave
+        return status
+
+    def _wait(self) -> int:
+        first, ended = 0, None
+        while True:
+            statuses = [process.poll() for process in self._processes]
+            if all(status is not None for status in statuses):
+                return first or next((_shell(s) for s in statuses if s), 0)
+            failed = [(i, s) for i, s in enumerate(statuses) if s]
+            if failed and ended is None:
+                first, ended = _shell(failed[0][1]), time.monotonic()
+                print(f"pod: process {failed[0][0]} ended with status {first}", flush=True)
+            # Those that leave together, as when preempted, are given time to; a process that was
+            # killed or crashed leaves the others in the middle of something.
+            grace = min(1.0, self._grace) if first > 128 or first == 1 else self._grace
+            if ended is not None and time.monotonic() - ended > grace:
+                for i, process in enumerate(self._processes):
+                    if process.poll() is None:
+                        print(f"pod: ending process {i}", flush=True)
+                        _kill(process)
+            time.sleep(_PERIOD)
+
+    def _pass_on(self, number: int, frame: object) -> None:
+        """A signal to the pod is one to every process, as on a machine that is shut down."""
+        del frame
+        self._told = number
+        for process in self._processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+
+def _shell(status: int) -> int:
+    """A status as the shell has it: 128 + the signal's number."""
+    return 128 - status if status < 0 else status
+
+
+def _kill(process: subprocess.Popen) -> None:
+    """Ends a process and all that it started (decoding workers, say)."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    process.wait()
+
+
+def _prefix(stream: IO[str], index: int) -> None:
+    for line in stream:
+        sys.stdout.write(f"[{index}] {line}")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
