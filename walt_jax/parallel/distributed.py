@@ -1,6 +1,8 @@
 """Several processes as one program."""
 
 import argparse
+import contextlib
+import threading
 
 import jax
 import numpy as np
@@ -8,6 +10,7 @@ from jax.experimental import multihost_utils
 
 from walt_jax.errors import UserError
 
+_ANSWER = 5.0  # seconds
 _MESSAGE = 512  # bytes; what is gathered has one shape on all processes
 
 
@@ -70,22 +73,25 @@ class Board:
         self._word = ""
 
     def put(self, word: str) -> None:
-        """Replaces this process's word; a service that does not answer is passed over."""
+        """Replaces this process's word; waits for a service that does not answer."""
         self._word = word
         if self._client is not None:
-            try:
-                self._client.key_value_set(
-                    f"{self._name}/{jax.process_index()}", word, allow_overwrite=True
-                )
-            except Exception:  # the caller is the one who finds out that the job is dead
-                return
+            key = f"{self._name}/{jax.process_index()}"
+            with contextlib.suppress(Exception):  # the others find out that the job is dead
+                self._client.key_value_set(key, word, allow_overwrite=True)
 
     def read(self) -> dict[int, str]:
-        """Process -> its latest word; empty where the service does not answer."""
+        """Process -> its latest word; empty where the service does not answer in a few seconds."""
         if self._client is None:
             return {0: self._word}
-        try:
-            rows = self._client.key_value_dir_get(f"{self._name}/")
-        except Exception:  # as above
-            return {}
+        rows: list[tuple[str, str]] = []
+
+        def ask() -> None:
+            with contextlib.suppress(Exception):  # as above
+                rows.extend(self._client.key_value_dir_get(f"{self._name}/"))
+
+        # The process that runs the service may be the one that hangs.
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(_ANSWER)
         return {int(key.rsplit("/", 1)[1]): word for key, word in rows}

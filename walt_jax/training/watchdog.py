@@ -30,12 +30,13 @@ class Watchdog:
         self._board = Board("walt_jax/watchdog")
         self._place, self._mark = (0, "start"), time.monotonic()
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> "Watchdog":
         if self._seconds:
             self._mark = time.monotonic()
-            self._thread.start()
+            # Two, for showing waits where the process that runs the service hangs.
+            for work in (self._watch, self._show):
+                threading.Thread(target=work, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -45,10 +46,13 @@ class Watchdog:
         """This process is alive: it begins `doing` (data, step, ...) after `step` updates."""
         self._place, self._mark = (step, doing), time.monotonic()
 
-    def _watch(self) -> None:
+    def _show(self) -> None:
         while not self._ended.wait(min(_PERIOD, self._seconds / 4)):
             step, doing = self._place
             self._board.put(f"{step} {doing}")
+
+    def _watch(self) -> None:
+        while not self._ended.wait(min(_PERIOD, self._seconds / 4)):
             if time.monotonic() - self._mark > self._seconds:
                 logger.error("error: %s", self._sentence())
                 faulthandler.dump_traceback(all_threads=True, file=sys.stderr)
@@ -71,6 +75,8 @@ class Watchdog:
             told = ", ".join(f"process {p} in {place!r}" for p, place in sorted(apart.items()))
             sentence += f"; furthest behind: {told} after step {least}"
         silent = sorted(set(range(jax.process_count())) - rows.keys())
-        if silent:
+        if not rows:
+            sentence += "; process 0, which knows where the others are, does not answer"
+        elif silent:
             sentence += f"; never heard of: {', '.join(map(str, silent))}"
         return f"{sentence}. The job ends; the same command goes on from the newest checkpoint."
