@@ -7,9 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from walt_jax.errors import EXIT_PREEMPTED, UserError
-
-_USER = 2  # a UserError: the same command would fail again
+from walt_jax.errors import EXIT_PREEMPTED, EXIT_USER, UserError
 
 
 def restarts_after(status: int, crashes: int, allowed: int) -> tuple[bool, int]:
@@ -20,7 +18,7 @@ def restarts_after(status: int, crashes: int, allowed: int) -> tuple[bool, int]:
       crashes: before.
       allowed: `--restarts`.
     """
-    if status in (0, _USER, 128 + 2, 128 + 15):  # done, a mistake, or told to end
+    if status in (0, EXIT_USER, 128 + 2, 128 + 15):  # done, a mistake, or told to end
         return False, crashes
     if status == EXIT_PREEMPTED:
         return True, crashes
@@ -93,6 +91,13 @@ def _missing(program: str) -> str:
         "xpk": "install it by `pip install xpk`",
     }
     return f"{program} is not on the PATH: {where.get(program, 'install it')}."
+
+
+def divided(argv: Sequence[str] | None) -> tuple[list[str], list[str]]:
+    """A command line's own arguments and, after the first `--`, the job's command."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    at = words.index("--") if "--" in words else len(words)
+    return words[:at], words[at + 1 :]
 
 
 def job(words: Sequence[str]) -> str:

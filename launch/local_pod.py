@@ -29,7 +29,8 @@ import traceback
 from collections.abc import Mapping, Sequence
 from typing import IO, NoReturn
 
-from launch.commands import restarts_after
+from launch.commands import divided, restarts_after
+from walt_jax.errors import EXIT_PREEMPTED, EXIT_USER
 
 _PASSED_ON = (signal.SIGTERM, signal.SIGINT)
 _PERIOD = 0.05  # seconds between two looks at the processes
@@ -57,8 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--compilation_cache", metavar="DIR", help="kept between starts")
     parser.add_argument("--dry_run", action="store_true", help="print what would be run")
-    parser.add_argument("command", nargs="+", help="what every process runs, after --")
-    args = parser.parse_args(argv)
+    flags, command = divided(argv)
+    args = parser.parse_args(flags, argparse.Namespace(command=command))
+    if not command:
+        parser.error("give the command to run after --")
     if args.processes < 1 or args.devices < 1:
         parser.error("--processes and --devices must be at least 1")
     if args.dry_run:
@@ -210,9 +213,10 @@ class _Pod:
             if failed and ended is None:
                 first, ended = _shell(failed[0][1]), time.monotonic()
                 print(f"pod: process {failed[0][0]} ended with status {first}", flush=True)
-            # Those that leave together, as when preempted, are given time to; a process that was
-            # killed or crashed leaves the others in the middle of something.
-            grace = min(1.0, self._grace) if first > 128 or first == 1 else self._grace
+            # Those that leave together, preempted or by a mistake that all find, are given time to;
+            # a process that crashed or hung leaves the others in the middle of something.
+            together = first in (EXIT_PREEMPTED, EXIT_USER)
+            grace = self._grace if together else min(1.0, self._grace)
             if ended is not None and time.monotonic() - ended > grace:
                 for i, process in enumerate(self._processes):
                     if process.poll() is None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-from walt_jax.errors import EXIT_PREEMPTED, Preempted, UserError
+from walt_jax.errors import EXIT_PREEMPTED, EXIT_USER, Preempted, UserError
 
 
 def run(main: Callable[[], None]) -> None:
@@ -26,7 +26,7 @@ def run(main: Callable[[], None]) -> None:
         main()
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
-        _leave(2)
+        _leave(EXIT_USER)
     except Preempted as e:
         print(f"preempted: {e}", file=sys.stderr)
         sys.exit(EXIT_PREEMPTED)

@@ -1,5 +1,6 @@
 """What ends a command before its time: one sentence and an exit status each."""
 
+EXIT_USER = 2  # a UserError: the same command would fail again
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: the same command goes on
 EXIT_HUNG = 76
 

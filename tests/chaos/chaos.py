@@ -217,13 +217,13 @@ class Campaign:
         return self.again(job, mark, 75)
 
     def _full_disk(self, job, mark):
-        """One process's files may not grow beyond a few bytes; the next start finds room again."""
-        limit = self.random.choice([0, 100, 1000, 4000])
-        resource.prlimit(self.one(job), resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-        mark = job.wait("pod: status ", since=mark)
-        if job.lines[mark]:
-            return job, mark + 1
-        assert job.process.wait(WAIT) == 2 and "could not be written" in "".join(job.lines)
+        """No file may grow beyond a few bytes, until the next start finds room again."""
+        limit = self.random.choice([0, 100, 1000, 2000])
+        for pid in job.children():
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        job.wait("\0", since=mark)
+        assert job.process.wait(WAIT) == 2, job.tail()
+        assert "could not be written" in "".join(job.lines), job.tail()
         return self.job(), 0
 
     def _truncated_checkpoint(self, job, mark):

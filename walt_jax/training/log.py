@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from walt_jax.errors import UserError
 from walt_jax.training import metrics as metrics_lib
 from walt_jax.training.experiment import Experiment
 from walt_jax.training.goodput import Goodput
@@ -103,9 +104,18 @@ class Log:
             scalars = {f"train/{k}": v for k, v in means.items()}
             scalars |= {f"speed/{k}": v for k, v in rates.items()}
             scalars |= {"speed/core_hours": hours, "speed/goodput": self._goodput.share}
-            self._writer.write_scalars(step, scalars)
+            self._write(step, scalars)
         del means["learning_rate"]
         self._line(step, rates, {"loss": means["loss"], **means})
+
+    def _write(self, step: int, scalars: dict[str, float]) -> None:
+        try:
+            self._writer.write_scalars(step, scalars)
+        except OSError as e:
+            raise UserError(
+                f"The metrics of step {step} could not be written ({e}): make room or check the "
+                "storage, then give the same command to go on."
+            ) from e
 
     def _rates(self) -> dict[str, float]:
         now, before = self.progress, self._mark
