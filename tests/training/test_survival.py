@@ -158,6 +158,22 @@ def test_told_to_leave_it_saves_and_goes_on_bit_for_bit(tmp_path, sprite_records
     assert {"step", "down", "lost", "checkpoint", "compile"} <= progress.spent.keys()
 
 
+def test_it_goes_on_on_another_mesh(tmp_path, sprite_records, straight, monkeypatch):
+    """Four steps on two devices, four on eight: float sums differ, not what is summed."""
+    config = experiment(sprite_records, "mesh.data=2", "mesh.context=4")
+    with monkeypatch.context() as patch, pytest.raises(Preempted, match="step 4 is saved"):
+        patch.setattr(Preemption, "reached", lambda self, step: step == 4)
+        train(config, tmp_path, quiet=True)
+    config = experiment(sprite_records, "mesh.context=1", "mesh.tensor=8")
+    train(config, tmp_path, quiet=True)
+    arrays, progress, losses = outcome(tmp_path)
+    expected, _, expected_losses = outcome(straight)
+    assert progress.step == 8 and losses == pytest.approx(expected_losses, rel=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), arrays["ema"], expected["ema"]
+    )
+
+
 class _Batches:
     """Stands for a pipeline in sentences."""
 

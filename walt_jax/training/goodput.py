@@ -1,5 +1,6 @@
 """Goodput: the share of a run's time that went into steps which count, and what took the rest."""
 
+import contextlib
 import json
 import time
 from collections.abc import Mapping
@@ -84,7 +85,8 @@ class Goodput:
         now = time.monotonic()
         if self._writes and now - self._said >= _PERIOD:
             self._said = now
-            self._file.write_text(json.dumps({"time": time.time(), "step": step}) + "\n")
+            with contextlib.suppress(OSError):  # what matters more is written elsewhere
+                self._file.write_text(json.dumps({"time": time.time(), "step": step}) + "\n")
 
     @property
     def share(self) -> float:

@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 PyTree = Any
 DATASET = "dataset.json"
 SHARDINGS = "shardings.txt"
+_MAY_CHANGE = ("mesh", "guard", "profile")  # of a config, from one start to the next
 Shape = tuple[tuple[str, tuple[int, ...]], ...]
 
 
@@ -65,7 +66,9 @@ def train(
       Preempted: the run was told to leave, and has saved.
     """
     first = jax.process_index() == 0
-    claim = functools.partial(config_lib.claim_workdir, workdir, experiment, replace=replace_config)
+    claim = functools.partial(
+        config_lib.claim_workdir, workdir, experiment, replace=replace_config, free=_MAY_CHANGE
+    )
     claim(write=False)
     mesh = make_mesh(experiment.mesh)
     with jax.set_mesh(mesh):

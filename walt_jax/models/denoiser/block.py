@@ -165,14 +165,17 @@ class Layer(nnx.Module):
                 norm = _as_it_is
             else:
                 norm, gate = next(branches)
-            x = x + gate(attention(norm(x), layout, **seen))
+            with jax.named_scope("attention"):
+                x = x + gate(attention(norm(x), layout, **seen))
         if self.cross is not None:
             plain = layer_norm if cross.norm == "plain" else _as_it_is
             norm, gate = next(branches) if cross.norm == "modulated" else (plain, _as_it_is)
             memory = context.memory_BMD, context.memory_mask_BM
-            x = x + gate(self.cross(norm(x), *memory, layout, **seen))
+            with jax.named_scope("cross_attention"):
+                x = x + gate(self.cross(norm(x), *memory, layout, **seen))
         norm, gate = next(branches)
-        return x + gate(self.down(gelu(checkpoint_name(self.up(norm(x)), "up"))))
+        with jax.named_scope("mlp"):
+            return x + gate(self.down(gelu(checkpoint_name(self.up(norm(x)), "up"))))
 
     def _branches(
         self, context: Context, dtype: jnp.dtype

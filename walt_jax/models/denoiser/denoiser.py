@@ -116,6 +116,7 @@ class Denoiser(nnx.Module):
             x = x[:, -frames * rows * columns :].reshape(b, frames, rows, columns, -1)
         return self._read_out(x[:, :frames], context.condition_BD)
 
+    @jax.named_scope("upsample")
     def upsample(self, low: jax.Array) -> jax.Array:
         """Low-resolution latents (B, T, h, w, C) on the grid, by convolution and depth to space.
 
@@ -123,6 +124,7 @@ class Denoiser(nnx.Module):
         """
         return depth_to_space(_by_frame(self.conv_up, low), self.config.upsampling)
 
+    @jax.named_scope("embed")
     def _tell(
         self, x: jax.Array, z: jax.Array, t: jax.Array, conditions: Conditions
     ) -> tuple[jax.Array, Context]:
@@ -172,6 +174,7 @@ class Denoiser(nnx.Module):
             places = places + jnp.asarray(sincos(np.arange(frames), width))[:, None, None]
         return x + places.astype(x.dtype)
 
+    @jax.named_scope("layers")
     def _layers(self, x: jax.Array, context: Context, layout: Layout) -> jax.Array:
         skips = None
         for stage, module in zip(self.config.stages, self.stages):
@@ -206,6 +209,7 @@ class Denoiser(nnx.Module):
         x, saved = jax.lax.scan(group, x, (nnx.to_pure_dict(state), given))
         return x, skips if saved is None else saved
 
+    @jax.named_scope("read_out")
     def _read_out(self, x: jax.Array, condition: jax.Array) -> jax.Array:
         x = x.astype(jnp.float32)
         if self.norm_out is not None:
