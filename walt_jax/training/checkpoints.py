@@ -28,6 +28,7 @@ T = TypeVar("T")
 FOLDER, DAMAGED = "checkpoints", "damaged"
 FORMAT = 2
 _REST = ("step", "extra")
+_ABOUT_DAMAGED = "Checkpoints that could not be read. Nothing needs them: delete them.\n"
 _SAVE_TIMEOUT = 900  # seconds that a process waits for the others' parts of a checkpoint
 logger = logging.getLogger(__name__)
 logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells of every file it writes
@@ -209,6 +210,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             folder = self.directory.parent / DAMAGED
             folder.mkdir(parents=True, exist_ok=True)
+            (folder / "README").write_text(_ABOUT_DAMAGED)  # on gs:// it makes the folder
             for step in damaged:
                 number = sum(p.name.split("-")[0] == str(step) for p in folder.iterdir())
                 (self.directory / str(step)).rename(

@@ -85,7 +85,9 @@ class Goodput:
         now = time.monotonic()
         if self._writes and now - self._said >= _PERIOD:
             self._said = now
-            with contextlib.suppress(OSError):  # what matters more is written elsewhere
+            # TensorFlow, which writes to gs://, has errors of its own; what matters more is
+            # written elsewhere.
+            with contextlib.suppress(Exception):
                 self._file.write_text(json.dumps({"time": time.time(), "step": step}) + "\n")
 
     @property

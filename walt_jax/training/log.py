@@ -111,7 +111,7 @@ class Log:
     def _write(self, step: int, scalars: dict[str, float]) -> None:
         try:
             self._writer.write_scalars(step, scalars)
-        except OSError as e:
+        except Exception as e:  # TensorFlow has errors of its own for a full disk
             raise UserError(
                 f"The metrics of step {step} could not be written ({e}): make room or check the "
                 "storage, then give the same command to go on."

@@ -183,9 +183,17 @@ class _Run:
                         state, progress = self.roll_back(fault, progress, checkpoints)
             finally:
                 self.say(self.goodput.describe())
-                if self.writer is not None:
-                    self.writer.flush()
-                    self.writer.close()
+                self.close_writer()
+
+    def close_writer(self) -> None:
+        """Writes out the metrics; what ends the run tells more than their failing would."""
+        if self.writer is None:
+            return
+        try:
+            self.writer.flush()
+            self.writer.close()
+        except Exception as e:  # TensorFlow's own kinds
+            logger.warning("the last metrics are lost: %s", e)
 
     def stretch(
         self, state: TrainState, progress: Progress, checkpoints: Checkpoints
