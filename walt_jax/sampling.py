@@ -54,8 +54,8 @@ class Generator:
         if not isinstance(task, DenoiserTask):
             raise UserError(f"{workdir} is a run of another task: sample from a denoiser's.")
         with Checkpoints(workdir, read_only=True) as checkpoints:
-            step = checkpoints.latest if step is None else step
             params = checkpoints.restore_part(("ema",), step)["ema"]
+            step = checkpoints.restored
         about_file = epath.Path(workdir) / DATASET
         if not about_file.exists():
             raise UserError(f"{about_file} is missing: copy the whole workdir of the training.")

@@ -275,6 +275,19 @@ class Pipeline:
         rows = self.plan(k)[1]
         return len(rows) if self.config.packing is None else sum(map(len, rows))
 
+    def keys(self, k: int) -> list[str]:
+        """The records of batch k, a row each: `source@start`, of packed videos several."""
+        _, rows = self.plan(k)
+        index = self.dataset.index
+        starts = index["start"] if "start" in index else np.zeros(len(self.dataset))
+
+        def named(i: int) -> str:
+            return f"{index['source'][i]}@{starts[i]:g}"
+
+        if self.config.packing is None:
+            return [named(i) for i in rows]
+        return [" + ".join(map(named, row)) for row in rows]
+
     def describe(self) -> str:
         """One line: clips, buckets, what was left out."""
         if self.config.packing is not None:

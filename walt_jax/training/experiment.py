@@ -6,7 +6,11 @@ from walt_jax.data.pipeline import DataConfig
 from walt_jax.errors import UserError
 from walt_jax.parallel import MeshConfig
 from walt_jax.tasks import Task
+from walt_jax.training.guard import GuardConfig
 from walt_jax.training.optimizers import OptimizerConfig
+from walt_jax.training.profiling import ProfileConfig
+
+_MAY_BE_0 = ("preview_every", "image_batch_size", "keep_checkpoint_every")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +33,9 @@ class Experiment:
       preview_every: updates between two sets of videos in TensorBoard; 0 turns them off.
       checkpoint_every: updates between two checkpoints; also at the last.
       keep_checkpoints: the newest ones kept.
+      keep_checkpoint_every: those of steps that it divides are kept too; 0 is none.
+      guard: what is done about losses that are not finite or jump, and about hangs.
+      profile: a window of steps that is profiled.
     """
 
     task: Task
@@ -46,10 +53,13 @@ class Experiment:
     preview_every: int = 0
     checkpoint_every: int = 1000
     keep_checkpoints: int = 2
+    keep_checkpoint_every: int = 0
+    guard: GuardConfig = GuardConfig()
+    profile: ProfileConfig = ProfileConfig()
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            least = 0 if field.name in ("preview_every", "image_batch_size") else 1
+            least = 0 if field.name in _MAY_BE_0 else 1
             value = getattr(self, field.name)
             if isinstance(value, int) and field.name != "seed" and value < least:
                 raise UserError(f"config.{field.name} must be at least {least}, got {value}.")

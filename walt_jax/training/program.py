@@ -36,12 +36,13 @@ class Program:
         Raises:
           UserError: the mesh does not divide a batch.
         """
-        shards = mesh.shape["data"] * mesh.shape["fsdp"]
+        shards, parts = mesh.shape["data"] * mesh.shape["fsdp"], experiment.optimizer.accumulate
         for name in ("batch_size", "image_batch_size"):
-            if (size := getattr(experiment, name)) % shards:
+            if (size := getattr(experiment, name)) % (shards * parts):
+                times = f", times config.optimizer.accumulate={parts}" if parts > 1 else ""
                 raise UserError(
                     f"config.{name}={size} must be a multiple of the {shards} devices of the data "
-                    "and fsdp axes."
+                    f"and fsdp axes{times}."
                 )
         for bucket in experiment.data.buckets.table if experiment.data.buckets else ():
             if (bucket.batch_size or experiment.data.buckets.batch_multiple) % shards:
@@ -51,6 +52,7 @@ class Program:
                 )
         self.task, self.layout, self._mesh = experiment.task, Layout(mesh), mesh
         self._config = experiment.optimizer
+        self._skips = experiment.guard.nonfinite == "skip"
         self._schedule = make_schedule(experiment.optimizer, experiment.num_steps)
         self._optimizer = make_optimizer(
             experiment.optimizer, experiment.num_steps, self.task.starts
@@ -84,6 +86,7 @@ class Program:
             config=self._config,
             schedule=self._schedule,
             layout=self.layout,
+            skips_nonfinite=self._skips,
         )
         jitted = jax.jit(
             lambda state, frozen, batch, seed: step(state, frozen, batch, jax.random.key(seed)),

@@ -142,6 +142,7 @@ class Denoiser(nnx.Module):
             out = self._read_out(x[:, :frames], context)
         return out if packing is None else from_row(out, z.shape[1])
 
+    @jax.named_scope("upsample")
     def upsample(self, low: jax.Array) -> jax.Array:
         """Low-resolution latents (B, T, h, w, C) on the grid, by convolution and depth to space.
 
@@ -149,6 +150,7 @@ class Denoiser(nnx.Module):
         """
         return depth_to_space(_by_frame(self.conv_up, low), self.config.upsampling)
 
+    @jax.named_scope("embed")
     def _tell(
         self,
         x: jax.Array,
@@ -218,6 +220,7 @@ class Denoiser(nnx.Module):
             places = places + jnp.asarray(sincos(np.arange(frames), width))[:, None, None]
         return x + places.astype(x.dtype)
 
+    @jax.named_scope("layers")
     def _layers(self, x: jax.Array, context: Context, layout: Layout) -> jax.Array:
         skips = None
         for stage, module in zip(self.config.stages, self.stages):
