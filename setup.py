@@ -38,7 +38,7 @@ EXTRAS_REQUIRE = {
     "data": ["scenedetect>=0.6.4"],
     "text": ["tokenizers>=0.20"],
     "eval": ["scikit-image>=0.24", "scipy>=1.11"],
-    "parity": ["torch==2.13.0"],
+    "parity": ["torch==2.13.0", "torchvision==0.28.0"],
     "dev": ["pytest>=8.0", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.8"],
 }
 

@@ -42,11 +42,12 @@ def main() -> None:
     )
     parser.add_argument("--videos", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--weights", help="of I3D; default: the published ones")
+    parser.add_argument("--most", type=int, default=1000, help="videos, evenly chosen by name")
     parser.add_argument("--net", default="i3d", help="another feature network")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     args = parser.parse_args()
     net = features.load(args.net, args.weights)
-    windows, others = read_windows(args.videos)
+    windows, others = read_windows(args.videos, args.most)
     print(f"{len(windows)} windows of {FRAMES}x{SIZE}x{SIZE}, {net.name}: {net.weights}")
     rows = study(net, windows, others)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -55,14 +56,15 @@ def main() -> None:
     show(windows, args.out / "frames.png")
 
 
-def read_windows(folder: Path) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """The first and the last NEEDED frames of each video that has twice as many, or overlaps.
+def read_windows(folder: Path, most: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The first and the last NEEDED frames of at most so many videos; they may overlap.
 
     Raises:
       UserError: fewer than two videos are long enough.
     """
     first, last = [], []
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS)
+    paths = paths[:: max(1, -(-len(paths) // most))]
     for path in bar(paths, what="reading", unit="video"):
         video = read_video(path, end=20.0, short_side=SIZE).frames
         if len(video) >= NEEDED + 1 and min(video.shape[1:3]) >= SIZE:
