@@ -193,10 +193,10 @@ class Pipeline:
         self.dataset, self.config, self._batch_size, self._seed = dataset, config, batch_size, seed
         self._latents = dataset.metadata.get("kind") == "latents"
         index = dataset.index
-        fits = np.ones(len(dataset), bool) if self._latents else _long_enough(index, config)
+        fits = np.ones(len(dataset), bool) if self._latents else long_enough(index, config)
         # Of those that fit alone, as the latents made of them are.
         chosen = np.flatnonzero(fits)
-        chosen = chosen[_split(index["source"][chosen], config.eval_fraction, split)]
+        chosen = chosen[in_split(index["source"][chosen], config.eval_fraction, split)]
         self.left_out = int(np.sum(~fits))
         if not chosen.size and fits.any():
             raise UserError(
@@ -303,7 +303,8 @@ class _Subset:
         return bucket, self._records[rows]
 
 
-def _long_enough(index: dict[str, np.ndarray], config: DataConfig) -> np.ndarray:
+def long_enough(index: dict[str, np.ndarray], config: DataConfig) -> np.ndarray:
+    """Which records of a dataset's index a clip fits in, bool (N,)."""
     if not config.fps:
         return index["num_frames"] >= config.num_frames
     # Half a frame short still has a nearest frame for every time.
@@ -311,7 +312,7 @@ def _long_enough(index: dict[str, np.ndarray], config: DataConfig) -> np.ndarray
     return last + 0.5 / config.fps >= (config.num_frames - 1) / config.fps
 
 
-def _split(sources: np.ndarray, fraction: float, split: str) -> np.ndarray:
+def in_split(sources: np.ndarray, fraction: float, split: str) -> np.ndarray:
     """Which records belong to the split: whole source videos, in the order of their names' hashes.
 
     So videos and the latents made of them are split alike.

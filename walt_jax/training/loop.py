@@ -30,7 +30,6 @@ from walt_jax.training.state import TrainState
 
 logger = logging.getLogger(__name__)
 PyTree = Any
-DATASET = "dataset.json"
 SHARDINGS = "shardings.txt"
 Shape = tuple[tuple[str, tuple[int, ...]], ...]
 
@@ -312,7 +311,7 @@ def _write_about(workdir: epath.Path, dataset: Dataset, fps: float) -> None:
         "fps": fps or float(np.median(dataset.index["fps"])),
         "fingerprint": dataset.fingerprint,
     }
-    (workdir / DATASET).write_text(json.dumps(about, indent=2) + "\n")
+    (workdir / config_lib.DATASET).write_text(json.dumps(about, indent=2) + "\n")
 
 
 def _shape(batch: PyTree) -> Shape:

@@ -1,0 +1,176 @@
+"""What is summed over videos: the sums of two disjoint sets add up to those of both."""
+
+import abc
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from walt_jax.evaluation.features import FeatureNet, score_name
+from walt_jax.evaluation.frechet import frechet_distance
+from walt_jax.evaluation.moments import Moments
+
+from walt_jax.data.sprite_readback import read_back
+from walt_jax.data.sprites import COLOURS, DIRECTIONS, SHAPES
+from walt_jax.errors import UserError
+from walt_jax.evaluation.clips import compared
+from walt_jax.evaluation.protocols import Protocol
+from walt_jax.evaluation.scores import Record
+
+State = dict[str, np.ndarray]
+
+
+class Measure(abc.ABC):
+    """Sums over videos, in float64, and the scores that follow from them.
+
+    Attributes:
+      record: what the scores depend on beside the videos, JSON values.
+    """
+
+    record: Record
+
+    @abc.abstractmethod
+    def add(self, numbers: np.ndarray, videos: np.ndarray) -> None:
+        """Counts in videos of these numbers (B,), uint8 (B, T, H, W, 3)."""
+
+    @abc.abstractmethod
+    def state(self) -> State:
+        """The sums, all float64."""
+
+    @abc.abstractmethod
+    def absorb(self, state: State) -> None:
+        """Adds the sums of other videos."""
+
+    @abc.abstractmethod
+    def results(self) -> dict[str, tuple[float, ...]]:
+        """Name of a score -> its value of each fold."""
+
+
+def describe(net: FeatureNet) -> Record:
+    """What of a feature network a score depends on."""
+    return {
+        "name": net.name,
+        "weights": net.weights_hash,
+        "trained": net.trained,
+        "dims": net.dims,
+        "resize": net.resize,
+    }
+
+
+class FeatureSums(Measure):
+    """Moments of the features of clips that come as they are compared, a set for each fold.
+
+    Attributes:
+      moments: of each fold.
+    """
+
+    def __init__(self, net: FeatureNet, folds: int = 1, fold_size: int = 0) -> None:
+        """`fold_size` videos make a fold, by their numbers; 0 where there is one fold."""
+        self._net, self._fold_size = net, fold_size
+        self.moments = [Moments.empty(net.dims) for _ in range(folds)]
+        self.record = {"features": describe(net)}
+
+    def add(self, numbers: np.ndarray, videos: np.ndarray) -> None:
+        features = self._net(videos)
+        folds = numbers // self._fold_size if len(self.moments) > 1 else np.zeros_like(numbers)
+        for fold in np.unique(folds):
+            self.moments[fold].add(features[folds == fold])
+
+    def state(self) -> State:
+        return {
+            "count": np.array([m.count for m in self.moments], np.float64),
+            "total": np.stack([m.total for m in self.moments]),
+            "outer": np.stack([m.outer for m in self.moments]),
+        }
+
+    def absorb(self, state: State) -> None:
+        rows = zip(state["count"], state["total"], state["outer"])
+        self.moments = [
+            mine.merge(Moments(round(float(row[0])), *row[1:]))
+            for mine, row in zip(self.moments, rows)
+        ]
+
+    def results(self) -> dict[str, tuple[float, ...]]:
+        return {}
+
+
+class Frechet(FeatureSums):
+    """The Frechet distance of samples to real clips: `fvd`, or `frechet_fixture`."""
+
+    def __init__(self, net: FeatureNet, protocol: Protocol, reference: Moments) -> None:
+        """`reference` holds the sums of the real clips."""
+        super().__init__(net, protocol.folds, protocol.num_samples)
+        self._protocol, self._reference = protocol, reference
+
+    def add(self, numbers: np.ndarray, videos: np.ndarray) -> None:
+        p = self._protocol
+        clips = [compared(video[: p.span : p.stride], p) for video in videos]
+        super().add(numbers, np.stack(clips))
+
+    def results(self) -> dict[str, tuple[float, ...]]:
+        return {score_name(self._net): distances(self.moments, self._reference, self._protocol)}
+
+
+def distances(
+    moments: Sequence[Moments], reference: Moments, protocol: Protocol
+) -> tuple[float, ...]:
+    """The Frechet distance of each fold to the reference."""
+    return tuple(frechet_distance(m, reference, unbiased=protocol.unbiased) for m in moments)
+
+
+_PARTS: Mapping[str, Mapping] = {"colour": COLOURS, "shape": SHAPES, "direction": DIRECTIONS}
+
+
+class ReadBack(Measure):
+    """Shares of sprite samples that show the colour, shape and direction of their class.
+
+    A program looks (`walt_jax.data.sprite_readback`) that knows the names, but not what was asked.
+    """
+
+    def __init__(
+        self,
+        label_names: Sequence[str],
+        labels: np.ndarray,
+        fps: float,
+        folds: int = 1,
+        fold_size: int = 0,
+    ) -> None:
+        """Takes the classes' names and the class of each sample.
+
+        Raises:
+          UserError: the classes are no sprites.
+        """
+        self._asked = [name.split() for name in label_names]
+        for words in self._asked:
+            if len(words) != 3 or any(w not in known for w, known in zip(words, _PARTS.values())):
+                raise UserError(
+                    f"The class {' '.join(words)!r} is no sprite such as 'red square left': only "
+                    "a model of the built-in sprite videos can be read back."
+                )
+        self._options = {
+            f"{part}s": tuple(sorted({words[i] for words in self._asked}))
+            for i, part in enumerate(_PARTS)
+        }
+        self._labels, self._fps, self._fold_size = labels, fps, fold_size
+        self._right = np.zeros((folds, len(_PARTS) + 1))
+        self._count = np.zeros(folds)
+        self.record = {"read_back": {k: list(v) for k, v in self._options.items()}}
+
+    def add(self, numbers: np.ndarray, videos: np.ndarray) -> None:
+        for number, video in zip(numbers, videos):
+            seen = read_back(video, self._fps, **self._options, forced=True)
+            asked = self._asked[self._labels[number]]
+            right = [a == f for a, f in zip(asked, (seen.colour, seen.shape, seen.direction))]
+            fold = number // self._fold_size if len(self._count) > 1 else 0
+            self._right[fold] += [*right, all(right)]
+            self._count[fold] += 1
+
+    def state(self) -> State:
+        return {"right": self._right, "count": self._count}
+
+    def absorb(self, state: State) -> None:
+        self._right = self._right + state["right"]
+        self._count = self._count + state["count"]
+
+    def results(self) -> dict[str, tuple[float, ...]]:
+        shares = (self._right / self._count[:, None]).T
+        names = [*(f"read_back/{part}" for part in _PARTS), "read_back"]
+        return {name: tuple(map(float, row)) for name, row in zip(names, shares)}
