@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import cv2
+import jax
 import numpy as np
 
 from walt_jax.data.buckets import fit_frames
@@ -23,13 +24,14 @@ from walt_jax.data.sources import FileSource, find_sources
 from walt_jax.data.video import EXTENSIONS, probe, read_video
 from walt_jax.errors import UserError
 from walt_jax.evaluation.protocols import Protocol, Size
+from walt_jax.evaluation.resize import resize
 from walt_jax.evaluation.scores import Record
 
 Part = Literal["all", "train", "eval"]
 _CLIP, _CHOICE = 5, 6  # tags of the random draws of a clip, and of which videos
 _ENDS = 1 << 16  # bytes at both ends of a file that its fingerprint reads
 _THREADS = 8
-_RESIZES = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
+_resize = jax.jit(resize, static_argnums=(1, 2))
 
 
 class _Opened(NamedTuple):
@@ -170,13 +172,16 @@ class Clips:
         return fit_frames(frames, p.size, tuple(corner))
 
     def batches(
-        self, numbers: np.ndarray, batch_size: int
+        self, numbers: np.ndarray, batch_size: int, *, raw: bool = False
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(numbers (K,), uint8 clips (K, T, H, W, 3)) as they are compared; read by threads.
+        """(numbers (K,), uint8 clips (K, T, H, W, 3)), read by threads.
+
+        As they are compared, or `raw`: before that.
 
         Raises:
           UserError: as `read`, or clips of several sizes.
         """
+        read = self.read if raw else lambda n: compared(self.read(n), self.protocol)
         first: tuple[str, tuple[int, ...]] | None = None
         with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
             waiting: collections.deque = collections.deque()
@@ -185,7 +190,7 @@ class Clips:
             try:
                 for group in [*groups, *[None] * ahead]:
                     if group is not None:
-                        tasks = [pool.submit(self._compared, int(n)) for n in group]
+                        tasks = [pool.submit(read, int(n)) for n in group]
                         waiting.append((group, tasks))
                     if len(waiting) <= ahead and group is not None:
                         continue
@@ -204,9 +209,6 @@ class Clips:
                     yield np.asarray(group), np.stack(clips)
             finally:
                 pool.shutdown(cancel_futures=True)
-
-    def _compared(self, number: int) -> np.ndarray:
-        return compared(self.read(number), self.protocol)
 
     @functools.cached_property
     def _opened(self) -> Callable[[int], _Opened]:
@@ -288,8 +290,8 @@ def check_pair(real: Clips, fake: Clips) -> None:
 def compared(frames: np.ndarray, protocol: Protocol) -> np.ndarray:
     """A clip as it goes into the feature network: resized, through JPEG; uint8 (T, H, W, 3)."""
     if protocol.compare_size is not None:
-        size, method = protocol.compare_size[::-1], _RESIZES[protocol.compare_resize]
-        frames = np.stack([cv2.resize(f, size, interpolation=method) for f in frames])
+        pixels = _resize(frames, protocol.compare_size, protocol.compare_resize)
+        frames = np.clip(np.rint(np.asarray(pixels)), 0, 255).astype(np.uint8)
     if protocol.jpeg_quality:
         options = [cv2.IMWRITE_JPEG_QUALITY, protocol.jpeg_quality]
         coded = (cv2.imencode(".jpg", f[..., ::-1], options)[1] for f in frames)

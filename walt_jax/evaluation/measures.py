@@ -4,14 +4,14 @@ import abc
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from walt_jax.evaluation.features import FeatureNet, score_name
-from walt_jax.evaluation.frechet import frechet_distance
-from walt_jax.evaluation.moments import Moments
 
 from walt_jax.data.sprite_readback import read_back
 from walt_jax.data.sprites import COLOURS, DIRECTIONS, SHAPES
 from walt_jax.errors import UserError
 from walt_jax.evaluation.clips import compared
+from walt_jax.evaluation.features import FeatureNet, score_name
+from walt_jax.evaluation.frechet import frechet_distance
+from walt_jax.evaluation.moments import Moments
 from walt_jax.evaluation.protocols import Protocol
 from walt_jax.evaluation.scores import Record
 
@@ -28,12 +28,15 @@ class Measure(abc.ABC):
     record: Record
 
     @abc.abstractmethod
-    def add(self, numbers: np.ndarray, videos: np.ndarray) -> None:
-        """Counts in videos of these numbers (B,), uint8 (B, T, H, W, 3)."""
+    def add(self, numbers: np.ndarray, videos: np.ndarray, real: np.ndarray | None = None) -> None:
+        """Counts in videos of these numbers (B,), uint8 (B, T, H, W, 3).
+
+        `real` is what they are reconstructions of, where they are.
+        """
 
     @abc.abstractmethod
     def state(self) -> State:
-        """The sums, all float64."""
+        """The sums."""
 
     @abc.abstractmethod
     def absorb(self, state: State) -> None:
@@ -68,7 +71,7 @@ class FeatureSums(Measure):
         self.moments = [Moments.empty(net.dims) for _ in range(folds)]
         self.record = {"features": describe(net)}
 
-    def add(self, numbers: np.ndarray, videos: np.ndarray) -> None:
+    def add(self, numbers: np.ndarray, videos: np.ndarray, real: np.ndarray | None = None) -> None:
         features = self._net(videos)
         folds = numbers // self._fold_size if len(self.moments) > 1 else np.zeros_like(numbers)
         for fold in np.unique(folds):
@@ -95,18 +98,30 @@ class FeatureSums(Measure):
 class Frechet(FeatureSums):
     """The Frechet distance of samples to real clips: `fvd`, or `frechet_fixture`."""
 
-    def __init__(self, net: FeatureNet, protocol: Protocol, reference: Moments) -> None:
+    def __init__(
+        self,
+        net: FeatureNet,
+        protocol: Protocol,
+        reference: Moments,
+        *,
+        reconstructed: bool = False,
+    ) -> None:
         """`reference` holds the sums of the real clips."""
         super().__init__(net, protocol.folds, protocol.num_samples)
         self._protocol, self._reference = protocol, reference
+        self._stride = 1 if reconstructed else protocol.stride  # of real clips it is taken already
+        self._name = score_name(net)
+        if reconstructed and net.trained:
+            self._name = f"r{self._name}"  # as the papers call it: rFVD
 
-    def add(self, numbers: np.ndarray, videos: np.ndarray) -> None:
-        p = self._protocol
-        clips = [compared(video[: p.span : p.stride], p) for video in videos]
+    def add(self, numbers: np.ndarray, videos: np.ndarray, real: np.ndarray | None = None) -> None:
+        p, stride = self._protocol, self._stride
+        frames = slice(0, (p.num_frames - 1) * stride + 1, stride)
+        clips = [compared(video[frames], p) for video in videos]
         super().add(numbers, np.stack(clips))
 
     def results(self) -> dict[str, tuple[float, ...]]:
-        return {score_name(self._net): distances(self.moments, self._reference, self._protocol)}
+        return {self._name: distances(self.moments, self._reference, self._protocol)}
 
 
 def distances(
@@ -154,7 +169,7 @@ class ReadBack(Measure):
         self._count = np.zeros(folds)
         self.record = {"read_back": {k: list(v) for k, v in self._options.items()}}
 
-    def add(self, numbers: np.ndarray, videos: np.ndarray) -> None:
+    def add(self, numbers: np.ndarray, videos: np.ndarray, real: np.ndarray | None = None) -> None:
         for number, video in zip(numbers, videos):
             seen = read_back(video, self._fps, **self._options, forced=True)
             asked = self._asked[self._labels[number]]
@@ -174,3 +189,49 @@ class ReadBack(Measure):
         shares = (self._right / self._count[:, None]).T
         names = [*(f"read_back/{part}" for part in _PARTS), "read_back"]
         return {name: tuple(map(float, row)) for name, row in zip(names, shares)}
+
+
+class Pairs(Measure):
+    """Means over reconstructions of what is measured on each beside its original."""
+
+    def __init__(self) -> None:
+        self._sum, self._count = np.zeros(1), np.zeros(1)
+        self.record = {}
+
+    def add(self, numbers: np.ndarray, videos: np.ndarray, real: np.ndarray | None = None) -> None:
+        error = np.square(videos.astype(np.float64) - real).mean((1, 2, 3, 4))
+        for value in 10 * np.log10(255.0**2 / np.maximum(error, 1e-10)):
+            self._sum += value
+        self._count += len(videos)
+
+    def state(self) -> State:
+        return {"sum": self._sum, "count": self._count}
+
+    def absorb(self, state: State) -> None:
+        self._sum = self._sum + state["sum"]
+        self._count = self._count + state["count"]
+
+    def results(self) -> dict[str, tuple[float, ...]]:
+        return {"psnr_db": tuple(self._sum / self._count)}
+
+
+class Shown(Measure):
+    """The first videos themselves, to be looked at; no score follows."""
+
+    def __init__(self, count: int, shape: tuple[int, int, int]) -> None:
+        """`shape` is frames, height and width."""
+        self.videos = np.zeros((count, *shape, 3), np.uint8)
+        self.record = {}
+
+    def add(self, numbers: np.ndarray, videos: np.ndarray, real: np.ndarray | None = None) -> None:
+        first = numbers < len(self.videos)
+        self.videos[numbers[first]] = videos[first]
+
+    def state(self) -> State:
+        return {"videos": self.videos}
+
+    def absorb(self, state: State) -> None:
+        self.videos = self.videos + state["videos"]  # zero where they were not counted
+
+    def results(self) -> dict[str, tuple[float, ...]]:
+        return {}

@@ -19,7 +19,8 @@ from walt_jax.evaluation.measures import Measure, State
 from walt_jax.progress import bar as progress_bar
 
 logger = logging.getLogger(__name__)
-Produce = Callable[[np.ndarray], Iterator[tuple[np.ndarray, np.ndarray]]]
+# Of numbers (N,): batches of numbers, their videos and, where they have some, the real ones.
+Produce = Callable[[np.ndarray], Iterator[tuple[np.ndarray, ...]]]
 _BASE = "sums.npz"
 SAVE_EVERY = 60.0  # seconds between two saves
 
@@ -64,9 +65,9 @@ def gather(
         logger.info("%s: goes on, %d of %d videos are counted", what, here, total)
     bar = progress_bar(total=len(mine), what=what, unit="video", disable=not progress or index > 0)
     with bar:
-        for numbers, videos in produce(mine) if len(mine) else ():
+        for numbers, *videos in produce(mine) if len(mine) else ():
             for measure in measures.values():
-                measure.add(numbers, videos)
+                measure.add(numbers, *videos)
             sums.done[numbers] = True
             bar.update(len(numbers) * (count if shared else 1))
             if time.monotonic() - saved >= pause:
@@ -77,7 +78,7 @@ def gather(
 
 def remove(folder: epath.PathLike) -> None:
     """Removes the sums, on the first process, once their score is written."""
-    _barrier("evaluation-written")
+    barrier("evaluation-written")
     if jax.process_index() == 0:
         epath.Path(folder).rmtree(missing_ok=True)
 
@@ -134,7 +135,7 @@ class _Sums:
         """
         if jax.process_count() > 1:
             self.save()
-            _barrier("evaluation-counted")
+            barrier("evaluation-counted")
             for file in sorted(self._folder.glob("sums*.npz")):
                 if file.name != self._file:
                     self._join(file)
@@ -165,6 +166,7 @@ class _Sums:
             measure.absorb(states[name])
 
 
-def _barrier(name: str) -> None:
+def barrier(name: str) -> None:
+    """Waits until all processes are here."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from walt_jax import config as config_lib
 from walt_jax.errors import UserError
+from walt_jax.evaluation.resize import by_name
 
 CUSTOM = "custom"
 Size = tuple[int, int]
@@ -32,7 +33,7 @@ class Protocol:
       crop: where real clips are cropped, in the centre or at random.
       compare_size: (height, width) to which both are resized before the feature network's own
         resize; None leaves them.
-      compare_resize: how, `bilinear` or `bicubic` between pixels' centres, without antialiasing.
+      compare_resize: how: a name of `walt_jax.evaluation.resize`.
       clips: when a real clip starts: at `random`, or `even` spacing from the first to the last
         possible start (a single one in the middle).
       temporal_clips, spatial_clips: of each real video; several spatial ones lie evenly along the
@@ -57,7 +58,7 @@ class Protocol:
     size: Size | None = None
     crop: Literal["centre", "random"] = "centre"
     compare_size: Size | None = None
-    compare_resize: Literal["bilinear", "bicubic"] = "bilinear"
+    compare_resize: str = "bilinear"
     clips: Literal["random", "even"] = "random"
     temporal_clips: int = 1
     spatial_clips: int = 1
@@ -75,6 +76,7 @@ class Protocol:
             value, low = getattr(self, key), least.get(key, 0)
             if value < low:
                 raise UserError(f"protocol.{key} must be at least {low}, got {value}.")
+        by_name(self.compare_resize)  # refuses what there is not
         if self.jpeg_quality > 100:
             raise UserError(f"protocol.jpeg_quality must be at most 100, got {self.jpeg_quality}.")
         if self.given_frames >= self.num_frames:

@@ -65,6 +65,11 @@ class Checkpoints:
         """The step of the newest whole checkpoint, None without any."""
         return self._manager.latest_step()
 
+    @property
+    def steps(self) -> list[int]:
+        """The steps of all whole checkpoints, rising."""
+        return sorted(self._manager.all_steps())
+
     def save(self, state: Any, progress: Progress) -> None:
         """Starts to save; the arrays are copied before it returns, written in the background."""
         self._manager.save(

@@ -19,6 +19,7 @@ from walt_jax import config as config_lib
 from walt_jax.data.pipeline import Joint, Pipeline
 from walt_jax.data.records import Dataset, open_dataset
 from walt_jax.errors import UserError
+from walt_jax.evaluation.inline import Inline
 from walt_jax.parallel import describe, make_mesh
 from walt_jax.parallel.sharding import batch_sharding, place, replicated
 from walt_jax.tasks import to_uint8
@@ -91,9 +92,13 @@ class _Run:
         self.prepared = self.task.prepare(str(workdir), *datasets)
         self.frozen = place(self.prepared, jax.tree.map(lambda _: replicated(mesh), self.prepared))
         self.key = place(np.asarray(experiment.seed, np.uint32), replicated(mesh))
+        about = _about(dataset, experiment.data.fps)
+        self.score = Inline(experiment, workdir, mesh, self.frozen, about, quiet=quiet)
         if jax.process_index() == 0:
             epath.Path(workdir).mkdir(parents=True, exist_ok=True)
-            _write_about(epath.Path(workdir), dataset, experiment.data.fps)
+            (epath.Path(workdir) / config_lib.DATASET).write_text(
+                json.dumps(about, indent=2) + "\n"
+            )
             lines = describe(self.program.shardings.params, self.program.abstract.params)
             (epath.Path(workdir) / SHARDINGS).write_text("\n".join(lines) + "\n")
 
@@ -134,6 +139,7 @@ class _Run:
             self.say(f"all {experiment.num_steps} steps are done; config.num_steps adds more")
             return self.evaluate(state, progress.next_batch, None)
         compiled = self.compile_steps()
+        self.score.prepare(state)
         claim()
         self.task.keep(self.prepared, str(self.workdir))
         writer = metrics_lib.make_writer(self.workdir) if jax.process_index() == 0 else None
@@ -156,6 +162,7 @@ class _Run:
                 if last or done % experiment.eval_every == 0:
                     log.flush()
                     evaluation = self.evaluate(state, done, writer)
+                evaluation = evaluation | self.score(state, done, writer)
                 if experiment.preview_every and (last or done % experiment.preview_every == 0):
                     self.preview(state, done, writer)
                 if last or done % experiment.checkpoint_every == 0:
@@ -304,14 +311,13 @@ class _Log:
         return rates
 
 
-def _write_about(workdir: epath.Path, dataset: Dataset, fps: float) -> None:
+def _about(dataset: Dataset, fps: float) -> dict[str, Any]:
     """What sampling needs to know of the data, so that a workdir stands alone."""
-    about = {
+    return {
         "label_names": dataset.label_names,
         "fps": fps or float(np.median(dataset.index["fps"])),
         "fingerprint": dataset.fingerprint,
     }
-    (workdir / config_lib.DATASET).write_text(json.dumps(about, indent=2) + "\n")
 
 
 def _shape(batch: PyTree) -> Shape:
