@@ -84,7 +84,9 @@ class Clips:
         path = Path(source)
         prepared = (path / "metadata.json").is_file()
         self._source: _Folder | _Prepared = (
-            _Prepared(path, protocol, part, data) if prepared else _Folder(path, protocol)
+            _Prepared(path, protocol, part, data)
+            if prepared
+            else _Folder(path, None if samples else protocol.size)
         )
         self._check_alike()
         self._videos = self._choose()
@@ -302,7 +304,7 @@ def compared(frames: np.ndarray, protocol: Protocol) -> np.ndarray:
 class _Folder:
     """Video files; pictures between them are left out (galleries have some)."""
 
-    def __init__(self, path: Path, protocol: Protocol) -> None:
+    def __init__(self, path: Path, crop: Size | None) -> None:
         if not path.exists():
             raise UserError(f"{path} does not exist: give a folder of videos.")
         found = find_sources(path) if any(path.iterdir()) else []
@@ -316,8 +318,7 @@ class _Folder:
         self.fps = [h.fps for h in headers]
         self.labels = np.full(len(headers), -1)
         # A square crop has the short side of the whole frame: nothing larger need be kept.
-        square = protocol.size is not None and protocol.size[0] == protocol.size[1]
-        self._short_side = protocol.size[0] if square else None
+        self._short_side = crop[0] if crop and crop[0] == crop[1] else None
         self.record = {"kind": "folder", "fingerprint": self._fingerprint()}
 
     def _fingerprint(self) -> str:

@@ -104,6 +104,15 @@ class Scoring:
             self._wishes = Wishes(subject, self.protocol, self.real, self._sampling)
             self.label_names, self.labels = subject.label_names, self._wishes.labels
 
+    def prepare(self) -> None:
+        """Loads the networks and sums over the real clips, so that nothing fails later.
+
+        Raises:
+          UserError: an evaluator does not fit.
+        """
+        for evaluator in self._evaluators:
+            evaluator.measure(self)
+
     def net(self, name: str, weights: str, resize: str, allow: tuple[str, ...]) -> FeatureNet:
         """A feature network, loaded once."""
         return _load(name, weights or None, resize or None, self._mesh, allow)

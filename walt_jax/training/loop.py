@@ -138,8 +138,8 @@ class _Run:
             claim()
             self.say(f"all {experiment.num_steps} steps are done; config.num_steps adds more")
             return self.evaluate(state, progress.next_batch, None)
-        compiled = self.compile_steps()
         self.score.prepare(state)
+        compiled = self.compile_steps()
         claim()
         self.task.keep(self.prepared, str(self.workdir))
         writer = metrics_lib.make_writer(self.workdir) if jax.process_index() == 0 else None
