@@ -2,10 +2,8 @@
 
 import json
 import shutil
-import sys
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,9 +18,6 @@ from walt_jax.evaluation.follow import follow
 from walt_jax.media import write_mp4
 from walt_jax.training.experiment import Experiment
 from walt_jax.training.loop import train
-
-sys.path.insert(0, str(Path(__file__).parent / "evaluation"))
-from conftest import denoiser_run, denoiser_values, tokenizer_run  # noqa: F401
 
 TINY = ("--features", "tiny_features:load")
 FEW = ("--protocol.num_frames=5", "--protocol.num_samples=4", "--steps=2", "--per_device=1")
@@ -92,7 +87,7 @@ def test_statistics_of_another_protocol_are_refused(folders):
 
 
 @pytest.fixture
-def run(tmp_path, denoiser_run):  # noqa: F811
+def run(tmp_path, denoiser_run):
     return shutil.copytree(denoiser_run, tmp_path / "run")
 
 
@@ -145,7 +140,7 @@ def test_a_run_without_checkpoints(tmp_path):
         evaluate.main(["checkpoint", "--workdir", str(tmp_path), *TINY, *FEW])
 
 
-def test_reconstruction(tmp_path, tokenizer_run):  # noqa: F811
+def test_reconstruction(tmp_path, tokenizer_run):
     run = shutil.copytree(tokenizer_run, tmp_path / "tokenizer")
     evaluate.main(["tokenizer", "--workdir", str(run), *TINY, "--protocol.num_frames=6"])
     psnr, frechet = scores.read_scores(run)
@@ -157,7 +152,7 @@ def test_reconstruction(tmp_path, tokenizer_run):  # noqa: F811
     assert scores.read_scores(run)[-1].value != psnr.value
 
 
-def test_follow_scores_what_comes(tmp_path, denoiser_run):  # noqa: F811
+def test_follow_scores_what_comes(tmp_path, denoiser_run):
     """It waits for a run to begin, passes over what is damaged or gone, and ends with the run."""
     run, staged = tmp_path / "run", tmp_path / "run" / "checkpoints"
 
@@ -196,7 +191,8 @@ def test_follow_passes_over_the_lost_and_gives_up_in_the_end(run, caplog):
     assert calls == [2, 3]
 
 
-def test_the_loop_takes_its_evaluators(tmp_path, denoiser_values):  # noqa: F811
+@pytest.mark.slow
+def test_the_loop_takes_its_evaluators(tmp_path, denoiser_values):
     sampling = {"changes": ("num_frames=5", "num_samples=4"), "num_steps": 2}
     tiny = {"name": "fvd", "features": "tiny_features:load", "sampling": sampling}
     evaluators = (tiny | {"every": 2}, tiny | {"weights": "1", "inline": False})
@@ -215,7 +211,7 @@ def test_the_loop_takes_its_evaluators(tmp_path, denoiser_values):  # noqa: F811
         np.testing.assert_allclose(ours.folds, theirs.folds, rtol=1e-6)
 
 
-def test_an_evaluator_that_cannot_work_stops_before_the_first_step(tmp_path, denoiser_values):  # noqa: F811
+def test_an_evaluator_that_cannot_work_stops_before_the_first_step(tmp_path, denoiser_values):
     sampling = {"changes": ("num_frames=9", "num_samples=4"), "num_steps": 2}
     values = denoiser_values | {"evaluators": ({"name": "read_back", "sampling": sampling},)}
     with pytest.raises(UserError, match="needs videos of 9 frames"):

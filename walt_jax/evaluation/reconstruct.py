@@ -68,7 +68,9 @@ class Reconstructor:
           (numbers (K,), reconstructions and clips, uint8 (K, T, H, W, 3) each).
         """
         mesh = self.mesh or make_mesh(MeshConfig(), jax.local_devices())
-        weights = place(self.tokenizer, jax.tree.map(lambda _: replicated(mesh), self.tokenizer))
+        # Its hash is a part of its type: without it the next checkpoint is not compiled again.
+        tokenizer = dataclasses.replace(self.tokenizer, hash="")
+        weights = place(tokenizer, jax.tree.map(lambda _: replicated(mesh), tokenizer))
         factor = self.tokenizer.config.factors[0]
         for batch, real in clips.batches(numbers, mesh.size, raw=True):
             filled = np.minimum(np.arange(mesh.size), len(batch) - 1)

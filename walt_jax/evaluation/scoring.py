@@ -104,6 +104,10 @@ class Scoring:
             self._wishes = Wishes(subject, self.protocol, self.real, self._sampling)
             self.label_names, self.labels = subject.label_names, self._wishes.labels
 
+    def due(self, step: int, last: bool) -> bool:
+        """Whether training takes it after this step."""
+        return self._evaluators[0].due(step, last)
+
     def prepare(self) -> None:
         """Loads the networks and sums over the real clips, so that nothing fails later.
 
