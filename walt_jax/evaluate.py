@@ -179,7 +179,9 @@ def _follow(args: argparse.Namespace, changes: tuple[str, ...]) -> None:
             defaults, load = (Reconstruction, Fvd), Reconstructor.load
         else:
             defaults, load = (Fvd,), Generator.load
-        return _scorer(args, _evaluators(args, changes, defaults), load)
+        evaluators = _evaluators(args, changes, defaults)
+        left = [e for e in evaluators if not e.inline]  # by training
+        return _scorer(args, left or evaluators, load)
 
     options = {"poll": args.poll, "patience": args.patience, "newest": args.newest}
     made = follow(args.workdir, lambda step: scorer()(step), **options)
@@ -238,7 +240,13 @@ def _scorer(
     ready: list[scoring.Scoring] = []
 
     def score(step: int) -> list[Score]:
-        subject = load(args.workdir, step, **options)
+        subject = error = None
+        try:
+            subject = load(args.workdir, step, **options)
+        except UserError as e:
+            error = e
+        if partial.anywhere(error is not None):  # or else the others would wait for ever
+            raise error or UserError(f"Another process could not read step {step}: look there.")
         if not ready:
             cache = args.cache or None
             ready.extend(

@@ -166,6 +166,13 @@ class _Sums:
             measure.absorb(states[name])
 
 
+def anywhere(flag: bool) -> bool:
+    """Whether it is so on any process; all must ask."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.process_allgather(np.asarray(flag)).any())
+
+
 def barrier(name: str) -> None:
     """Waits until all processes are here."""
     if jax.process_count() > 1:
