@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 
 from walt_jax import cli
 from walt_jax import config as config_lib
@@ -27,7 +28,7 @@ from walt_jax.evaluation import features, partial, protocols, reference, report,
 from walt_jax.evaluation.clips import Clips, check_pair
 from walt_jax.evaluation.evaluators import Evaluator, Fvd, Reconstruction, Sampling
 from walt_jax.evaluation.follow import follow, steps_of
-from walt_jax.evaluation.measures import FeatureSums, distances
+from walt_jax.evaluation.measures import Frechet
 from walt_jax.evaluation.reconstruct import Reconstructor
 from walt_jax.evaluation.scores import Score
 from walt_jax.parallel import MeshConfig, distributed, make_mesh
@@ -94,6 +95,9 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", default="", help="file or URL of the network's weights")
     parser.add_argument("--resize", default="", help="instead of the network's own")
     parser.add_argument("--allow", action="append", default=[], help="a kind of weights to take")
+    parser.add_argument(
+        "--kernel_videos", type=int, default=0, help="also the kernel distance, of so many a side"
+    )
     parser.add_argument("--cache", default="", help="for statistics of real clips")
     parser.add_argument("--seed", type=int, default=0, help="of noise and random clips (default 0)")
     distributed.add_flags(parser)
@@ -121,35 +125,38 @@ def _fvd(args: argparse.Namespace, changes: tuple[str, ...]) -> None:
     cut = functools.partial(Clips, seed=args.seed, min_frames=net.min_frames)
     fake = cut(args.fake, protocol, samples=True)
     if args.real.endswith(".npz"):
-        moments, source = reference.load(args.real, protocol, net)
+        statistics = reference.load(args.real, protocol, net, kept=args.kernel_videos)
     else:
         real = cut(args.real, protocol)
         check_pair(real, fake)
-        moments, source, path = reference.statistics(real, net, args.cache or default_cache())
+        cache, kept = args.cache or default_cache(), args.kernel_videos
+        statistics, path = reference.statistics(real, net, cache, kept=kept)
         _say(f"statistics of the real clips: {path}")
-    sums = FeatureSums(net, protocol.folds, len(fake) // protocol.folds)
+    counted = dataclasses.replace(protocol, num_samples=len(fake) // protocol.folds)
+    rows = statistics.rows[: args.kernel_videos] if args.kernel_videos else None
+    measure = Frechet(net, counted, statistics.moments, rows, cut=True)
     record = {
         "protocol": config_lib.to_dict(protocol),
         "covariance": "unbiased" if protocol.unbiased else "biased",
-        "real": source,
+        "real": statistics.source,
         "samples": fake.record,
-        **sums.record,
+        **measure.record,
         "code": scores.code(),
     }
-    folder = Path(args.out) / f"sums-{scores.identity(record)}"
+    folder = epath.Path(args.out) / f"sums-{scores.identity(record)}"
     partial.gather(
         folder,
         len(fake),
-        {"features": sums},
-        lambda numbers: fake.batches(numbers, _BATCH),
+        {"features": measure},
+        lambda numbers: fake.batches(numbers, _BATCH, raw=True),
         what="generated clips",
     )
-    folds = distances(sums.moments, moments, protocol)
-    score = Score(features.score_name(net), folds, record)
+    made = [Score(name, folds, record) for name, folds in measure.results().items()]
     if jax.process_index() == 0:
         if not scores.find(args.out, record):
-            scores.append(args.out, [score])
-        print(f"{score} ({moments.count} real clips, {len(fake)} generated; {args.out})")
+            scores.append(args.out, made)
+        counts = f"{statistics.moments.count} real clips, {len(fake)} generated"
+        print(f"{', '.join(map(str, made))} ({counts}; {args.out})")
     partial.remove(folder)
 
 
@@ -223,6 +230,7 @@ def _evaluators(
                 weights=args.weights,
                 resize=args.resize,
                 allow=tuple(args.allow),
+                kernel_videos=args.kernel_videos,
             )
         made.append(evaluator)
     return made

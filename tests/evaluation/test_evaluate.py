@@ -58,6 +58,15 @@ def test_two_folders(folders, capsys):
     assert sorted(p.name for p in (folders / "out").iterdir()) == ["scores.jsonl"]
 
 
+def test_the_kernel_distance_of_folders(folders):
+    frechet, kernel = fvd(folders, "--kernel_videos=4")
+    assert (frechet.name, kernel.name) == ("frechet_fixture", "kernel_fixture")
+    (statistics,) = (folders / "cache").glob("*.npz")
+    assert fvd(folders, "--kernel_videos=4", real=str(statistics))[-1].folds == kernel.folds
+    with pytest.raises(UserError, match="features of 4 clips, too few for a kernel distance of 5"):
+        fvd(folders, "--kernel_videos=5", real=str(statistics))
+
+
 @pytest.mark.parametrize(
     "extra, words",
     [

@@ -6,7 +6,7 @@ import tiny_features
 
 from walt_jax.data.sprites import SpriteConfig, sprite_video
 from walt_jax.errors import UserError
-from walt_jax.evaluation.frechet import frechet_distance
+from walt_jax.evaluation.frechet import frechet_distance, kernel_distance
 from walt_jax.evaluation.measures import FeatureSums, Frechet, Pairs, ReadBack, Shown
 from walt_jax.evaluation.moments import Moments
 from walt_jax.evaluation.protocols import Protocol
@@ -48,6 +48,17 @@ def test_each_fold_has_its_own_samples(net):
     np.testing.assert_allclose(found["frechet_fixture"], expected, rtol=1e-9)
 
 
+def test_the_kernel_distance_of_what_is_kept(net):
+    real = net(VIDEOS[:, 1:5])[:8]
+    protocol = Protocol(num_frames=4, num_samples=12)
+    make = lambda: Frechet(net, protocol, Moments.of(real), real)  # noqa: E731
+    found, measure = in_parts(make, VIDEOS).results(), whole(make, VIDEOS)
+    assert found.keys() == {"frechet_fixture", "kernel_fixture"}
+    expected, _ = kernel_distance(real, net(VIDEOS[:8, :4]))
+    np.testing.assert_allclose(found["kernel_fixture"], expected, rtol=1e-6)
+    assert measure.record["kernel"] == {"real": 8, "samples": 8}
+
+
 def test_sums_of_parts(net):
     ours, theirs = (f(lambda: FeatureSums(net), VIDEOS) for f in (in_parts, whole))
     assert ours.moments[0].count == 12
@@ -59,8 +70,8 @@ def test_a_trained_network_of_reconstructions_makes_an_rfvd(net):
         k: getattr(net, k) for k in ("weights_hash", "min_frames", "resize")})()  # fmt: skip
     options = (Protocol(num_frames=4), Moments.empty(6))
     assert Frechet(trained, *options)._name == "fvd"
-    assert Frechet(trained, *options, reconstructed=True)._name == "rfvd"
-    assert Frechet(net, *options, reconstructed=True)._name == "frechet_fixture"
+    assert Frechet(trained, *options, prefix="r")._name == "rfvd"
+    assert Frechet(net, *options, prefix="r")._name == "frechet_fixture"
 
 
 def sprites(count, config):

@@ -25,10 +25,10 @@ def kept(tmp_path_factory, sprite_records, net):
     """Clips, their statistics and the file."""
     clips = Clips(sprite_records, PROTOCOL)
     cache = tmp_path_factory.mktemp("cache")
-    moments, real, path = reference.statistics(clips, net, cache, progress=False)
-    assert real == clips.record and path.parent == cache
+    made, path = reference.statistics(clips, net, cache, progress=False)
+    assert made.source == clips.record and path.parent == cache
     assert [f.name for f in cache.iterdir()] == [path.name]
-    return clips, moments, path
+    return clips, made.moments, path
 
 
 def test_they_are_the_sums_of_all_clips(kept, net):
@@ -42,20 +42,28 @@ def test_they_are_the_sums_of_all_clips(kept, net):
 def test_they_are_made_once(kept, net, monkeypatch):
     clips, moments, path = kept
     monkeypatch.setattr(Clips, "batches", None)
-    again, _, _ = reference.statistics(clips, net, path.parent, progress=False)
-    np.testing.assert_array_equal(again.outer, moments.outer)
+    again, _ = reference.statistics(clips, net, path.parent, progress=False)
+    np.testing.assert_array_equal(again.moments.outer, moments.outer)
 
 
 def test_another_seed_is_another_file(kept, net, sprite_records):
     _, moments, path = kept
     clips = Clips(sprite_records, PROTOCOL, seed=1)
-    other, _, file = reference.statistics(clips, net, path.parent, progress=False)
-    assert file != path and not np.array_equal(other.outer, moments.outer)
+    other, file = reference.statistics(clips, net, path.parent, progress=False)
+    assert file != path and not np.array_equal(other.moments.outer, moments.outer)
+
+
+def test_features_of_the_first_clips_are_kept(kept, net):
+    clips, moments, path = kept
+    made, file = reference.statistics(clips, net, path.parent, kept=5, progress=False)
+    assert file != path
+    np.testing.assert_array_equal(made.moments.outer, moments.outer)
+    np.testing.assert_array_equal(made.rows, net(np.stack([clips.read(i) for i in range(5)])))
 
 
 def test_what_concerns_the_samples_alone_may_differ(kept, net):
     p = dataclasses.replace(PROTOCOL, num_samples=7, folds=2, unbiased=False, name="other")
-    assert reference.load(kept[2], p, net)[0].count == 24
+    assert reference.load(kept[2], p, net).moments.count == 24
 
 
 def test_a_mismatch_is_refused_with_its_fields(kept, net):

@@ -17,7 +17,7 @@ from walt_jax.errors import UserError
 from walt_jax.evaluation import protocols
 from walt_jax.evaluation.features import FeatureNet
 from walt_jax.evaluation.measures import Frechet, Measure, Pairs, ReadBack
-from walt_jax.evaluation.moments import Moments
+from walt_jax.evaluation.reference import Statistics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +70,8 @@ class Samples(Protocol):
     fps: float
     reconstructed: bool  # by a tokenizer, from the real clips
 
-    def reference(self, net: FeatureNet) -> Moments:
-        """The sums of the real clips."""
+    def reference(self, net: FeatureNet, kept: int) -> Statistics:
+        """Statistics of the real clips, with the features of the first `kept`."""
         ...
 
     def net(self, name: str, weights: str, resize: str, allow: tuple[str, ...]) -> FeatureNet:
@@ -125,6 +125,7 @@ class Fvd(Evaluator, name="fvd"):
       weights: file or URL of its weights; '' for the published ones.
       resize: instead of the network's own.
       allow: kinds of weights that are otherwise refused.
+      kernel_videos: also the kernel distance (`kvd`), of so many videos a side; 0 leaves it out.
     """
 
     tasks: ClassVar[tuple[str, ...]] = ("denoiser", "tokenizer")
@@ -132,11 +133,19 @@ class Fvd(Evaluator, name="fvd"):
     weights: str = ""
     resize: str = ""
     allow: tuple[str, ...] = ()
+    kernel_videos: int = 0
 
     def measure(self, samples: Samples) -> Measure:
         net = samples.net(self.features, self.weights, self.resize, self.allow)
-        reference = samples.reference(net)
-        return Frechet(net, samples.protocol, reference, reconstructed=samples.reconstructed)
+        real = samples.reference(net, self.kernel_videos)
+        return Frechet(
+            net,
+            samples.protocol,
+            real.moments,
+            real.rows[: self.kernel_videos] if self.kernel_videos else None,
+            cut=samples.reconstructed,
+            prefix="r" if samples.reconstructed else "",  # rFVD, as the papers call it
+        )
 
 
 @dataclasses.dataclass(frozen=True)

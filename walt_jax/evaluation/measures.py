@@ -10,7 +10,7 @@ from walt_jax.data.sprites import COLOURS, DIRECTIONS, SHAPES
 from walt_jax.errors import UserError
 from walt_jax.evaluation.clips import compared
 from walt_jax.evaluation.features import FeatureNet, score_name
-from walt_jax.evaluation.frechet import frechet_distance
+from walt_jax.evaluation.frechet import frechet_distance, kernel_distance
 from walt_jax.evaluation.moments import Moments
 from walt_jax.evaluation.protocols import Protocol
 from walt_jax.evaluation.scores import Record
@@ -63,12 +63,16 @@ class FeatureSums(Measure):
 
     Attributes:
       moments: of each fold.
+      rows: float32 (kept, D), features of the first videos themselves.
     """
 
-    def __init__(self, net: FeatureNet, folds: int = 1, fold_size: int = 0) -> None:
+    def __init__(
+        self, net: FeatureNet, folds: int = 1, fold_size: int = 0, *, kept: int = 0
+    ) -> None:
         """`fold_size` videos make a fold, by their numbers; 0 where there is one fold."""
         self._net, self._fold_size = net, fold_size
         self.moments = [Moments.empty(net.dims) for _ in range(folds)]
+        self.rows = np.zeros((kept, net.dims), np.float32)
         self.record = {"features": describe(net)}
 
     def add(self, numbers: np.ndarray, videos: np.ndarray, real: np.ndarray | None = None) -> None:
@@ -76,12 +80,15 @@ class FeatureSums(Measure):
         folds = numbers // self._fold_size if len(self.moments) > 1 else np.zeros_like(numbers)
         for fold in np.unique(folds):
             self.moments[fold].add(features[folds == fold])
+        first = numbers < len(self.rows)
+        self.rows[numbers[first]] = features[first]
 
     def state(self) -> State:
         return {
             "count": np.array([m.count for m in self.moments], np.float64),
             "total": np.stack([m.total for m in self.moments]),
             "outer": np.stack([m.outer for m in self.moments]),
+            "rows": self.rows,
         }
 
     def absorb(self, state: State) -> None:
@@ -90,29 +97,47 @@ class FeatureSums(Measure):
             mine.merge(Moments(round(float(row[0])), *row[1:]))
             for mine, row in zip(self.moments, rows)
         ]
+        self.rows = self.rows + state["rows"]  # zero where they were not counted
 
     def results(self) -> dict[str, tuple[float, ...]]:
         return {}
 
 
 class Frechet(FeatureSums):
-    """The Frechet distance of samples to real clips: `fvd`, or `frechet_fixture`."""
+    """The Frechet distance of samples to real clips: `fvd`, or `frechet_fixture`.
+
+    Where the reference keeps features, also the kernel distance to these.
+    """
 
     def __init__(
         self,
         net: FeatureNet,
         protocol: Protocol,
         reference: Moments,
+        real_rows: np.ndarray | None = None,
         *,
-        reconstructed: bool = False,
+        cut: bool = False,
+        prefix: str = "",
     ) -> None:
-        """`reference` holds the sums of the real clips."""
-        super().__init__(net, protocol.folds, protocol.num_samples)
-        self._protocol, self._reference = protocol, reference
-        self._stride = 1 if reconstructed else protocol.stride  # of real clips it is taken already
+        """Nothing is counted yet.
+
+        Args:
+          net: of the features.
+          protocol: how samples are brought before it.
+          reference: the sums of the real clips.
+          real_rows: float32 (K, D), features of some real clips, for the kernel distance.
+          cut: whether what comes is cut to the protocol's frames already.
+          prefix: of the names of scores with trained weights.
+        """
+        kept = 0 if real_rows is None else min(len(real_rows), protocol.total_samples)
+        super().__init__(net, protocol.folds, protocol.num_samples, kept=kept)
+        self._protocol, self._reference, self._real_rows = protocol, reference, real_rows
+        if kept:
+            self.record["kernel"] = {"real": len(real_rows), "samples": kept}
+        self._stride = 1 if cut else protocol.stride
         self._name = score_name(net)
-        if reconstructed and net.trained:
-            self._name = f"r{self._name}"  # as the papers call it: rFVD
+        if net.trained:
+            self._name = prefix + self._name
 
     def add(self, numbers: np.ndarray, videos: np.ndarray, real: np.ndarray | None = None) -> None:
         p, stride = self._protocol, self._stride
@@ -121,14 +146,16 @@ class Frechet(FeatureSums):
         super().add(numbers, np.stack(clips))
 
     def results(self) -> dict[str, tuple[float, ...]]:
-        return {self._name: distances(self.moments, self._reference, self._protocol)}
-
-
-def distances(
-    moments: Sequence[Moments], reference: Moments, protocol: Protocol
-) -> tuple[float, ...]:
-    """The Frechet distance of each fold to the reference."""
-    return tuple(frechet_distance(m, reference, unbiased=protocol.unbiased) for m in moments)
+        folds = (
+            frechet_distance(m, self._reference, unbiased=self._protocol.unbiased)
+            for m in self.moments
+        )
+        found = {self._name: tuple(folds)}
+        if len(self.rows):
+            name = self._name.replace("fvd", "kvd").replace("fid", "kid")
+            name = name.replace("frechet", "kernel")
+            found[name] = (kernel_distance(self._real_rows, self.rows)[0],)
+        return found
 
 
 _PARTS: Mapping[str, Mapping] = {"colour": COLOURS, "shape": SHAPES, "direction": DIRECTIONS}

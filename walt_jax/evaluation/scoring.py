@@ -22,9 +22,9 @@ from walt_jax.evaluation.clips import Clips
 from walt_jax.evaluation.evaluators import Evaluator, Sampling
 from walt_jax.evaluation.features import FeatureNet
 from walt_jax.evaluation.measures import Shown
-from walt_jax.evaluation.moments import Moments
 from walt_jax.evaluation.protocols import Protocol
 from walt_jax.evaluation.reconstruct import Reconstructor
+from walt_jax.evaluation.reference import Statistics
 from walt_jax.evaluation.scores import Record, Score
 from walt_jax.evaluation.wishes import Wishes
 from walt_jax.media import frame_grid
@@ -121,8 +121,8 @@ class Scoring:
         """A feature network, loaded once."""
         return _load(name, weights or None, resize or None, self._mesh, allow)
 
-    def reference(self, net: FeatureNet) -> Moments:
-        """The sums of the real clips: from the file given, the cache, or computed."""
+    def reference(self, net: FeatureNet, kept: int) -> Statistics:
+        """Of the real clips: from the file given, the cache, or computed."""
         if self.protocol.num_frames < net.min_frames:
             raise UserError(
                 f"{net.name} needs clips of at least {net.min_frames} frames, but "
@@ -130,8 +130,9 @@ class Scoring:
                 "features."
             )
         if self.real is None:
-            return reference.load(self._statistics, self.protocol, net)[0]
-        return reference.statistics(self.real, net, self._cache, progress=self._progress)[0]
+            return reference.load(self._statistics, self.protocol, net, kept=kept)
+        options = {"kept": kept, "progress": self._progress}
+        return reference.statistics(self.real, net, self._cache, **options)[0]
 
     def __call__(self, subject: Subject, *, shared: bool = False) -> list[Score]:
         """Scores a checkpoint, or goes on with it; writes the scores, and a picture of samples.
@@ -334,7 +335,7 @@ def find_real(values: Mapping[str, Any]) -> str:
         return data_of(values).path
     except UserError as error:
         raise UserError(
-            f"The videos that this run was trained on cannot be used ({error}) Give --real."
+            f"This run's own real clips cannot be used: {str(error).rstrip('.')}; or give --real."
         ) from error
 
 
