@@ -1,13 +1,5 @@
-"""A file of stand-in weights."""
+"""What the tests of scores share."""
 
-import i3d_fixture
-import numpy as np
-import pytest
+from runs import copied, denoiser_run, denoiser_values, tokenizer_run
 
-
-@pytest.fixture(scope="session")
-def i3d_file(tmp_path_factory):
-    """An .npz of the 230 tensors by their official names."""
-    path = tmp_path_factory.mktemp("i3d") / "fixture.npz"
-    np.savez(path, **i3d_fixture.tensors())
-    return path
+__all__ = ["copied", "denoiser_run", "denoiser_values", "tokenizer_run"]

@@ -237,7 +237,7 @@ class Pipeline:
         fits = assign(np.arange(len(dataset))).taken
         # Of those that fit alone, as the latents made of them are.
         chosen = np.flatnonzero(fits)
-        chosen = chosen[_split(dataset.index["source"][chosen], config.eval_fraction, split)]
+        chosen = chosen[in_split(dataset.index["source"][chosen], config.eval_fraction, split)]
         self.left_out = int(np.sum(~fits))
         if not chosen.size and fits.any():
             raise UserError(
@@ -378,7 +378,7 @@ class Pipeline:
         )
 
 
-def _split(sources: np.ndarray, fraction: float, split: str) -> np.ndarray:
+def in_split(sources: np.ndarray, fraction: float, split: str) -> np.ndarray:
     """Which records belong to the split: whole source videos, in the order of their names' hashes.
 
     So videos and the latents made of them are split alike.

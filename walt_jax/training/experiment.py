@@ -4,6 +4,7 @@ import dataclasses
 
 from walt_jax.data.pipeline import DataConfig
 from walt_jax.errors import UserError
+from walt_jax.evaluation.evaluators import Evaluator
 from walt_jax.parallel import MeshConfig
 from walt_jax.tasks import Task
 from walt_jax.training.guard import GuardConfig
@@ -30,6 +31,8 @@ class Experiment:
       log_every: updates between two lines of the log.
       eval_every: updates between two evaluations on held-out clips; also at the first and last.
       eval_batches: batches of an evaluation.
+      evaluators: scores of samples or reconstructions, each every so many updates and at the last;
+        see docs/scores.md.
       preview_every: updates between two sets of videos in TensorBoard; 0 turns them off.
       checkpoint_every: updates between two checkpoints; also at the last.
       keep_checkpoints: the newest ones kept.
@@ -50,6 +53,7 @@ class Experiment:
     log_every: int = 100
     eval_every: int = 1000
     eval_batches: int = 4
+    evaluators: tuple[Evaluator, ...] = ()
     preview_every: int = 0
     checkpoint_every: int = 1000
     keep_checkpoints: int = 2

@@ -19,6 +19,7 @@ from walt_jax.data.joint import Joint
 from walt_jax.data.pipeline import Pipeline
 from walt_jax.data.records import Dataset, open_dataset
 from walt_jax.errors import Preempted, UserError
+from walt_jax.evaluation.inline import Inline
 from walt_jax.parallel import describe, make_mesh
 from walt_jax.parallel.sharding import batch_sharding, place, replicated
 from walt_jax.tasks import to_uint8
@@ -37,7 +38,6 @@ from walt_jax.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 PyTree = Any
-DATASET = "dataset.json"
 SHARDINGS = "shardings.txt"
 _MAY_CHANGE = ("mesh", "guard", "profile")  # of a config, from one start to the next
 Shape = tuple[tuple[str, tuple[int, ...]], ...]
@@ -109,9 +109,13 @@ class _Run:
         self.prepared = self.task.prepare(str(workdir), *datasets)
         self.frozen = place(self.prepared, jax.tree.map(lambda _: replicated(mesh), self.prepared))
         self.key = place(np.asarray(experiment.seed, np.uint32), replicated(mesh))
+        about = _about(dataset, experiment.data.fps)
+        self.score = Inline(experiment, workdir, mesh, self.frozen, about, quiet=quiet)
         if jax.process_index() == 0:
             epath.Path(workdir).mkdir(parents=True, exist_ok=True)
-            _write_about(epath.Path(workdir), dataset, experiment.data.fps)
+            (epath.Path(workdir) / config_lib.DATASET).write_text(
+                json.dumps(about, indent=2) + "\n"
+            )
             lines = describe(self.program.shardings.params, self.program.abstract.params)
             (epath.Path(workdir) / SHARDINGS).write_text("\n".join(lines) + "\n")
 
@@ -166,6 +170,7 @@ class _Run:
             claim()
             self.say(f"all {experiment.num_steps} steps are done; config.num_steps adds more")
             return self.evaluate(state, progress.step, None)
+        self.score.prepare(state)
         self.compiled = self.compile_steps()
         claim()
         self.task.keep(self.prepared, str(self.workdir))
@@ -230,6 +235,7 @@ class _Run:
                 if last or done % experiment.eval_every == 0:
                     log.flush()
                     evaluation = self.evaluate(state, done, self.writer)
+                evaluation = evaluation | self.score(state, done, self.writer)
                 if experiment.preview_every and (last or done % experiment.preview_every == 0):
                     self.preview(state, done, self.writer)
                 leaves = self.preemption.reached(done) and not last
@@ -340,14 +346,13 @@ class _Run:
             writer.write_videos(step, {"preview": to_uint8(videos[:8])})
 
 
-def _write_about(workdir: epath.Path, dataset: Dataset, fps: float) -> None:
+def _about(dataset: Dataset, fps: float) -> dict[str, Any]:
     """What sampling needs to know of the data, so that a workdir stands alone."""
-    about = {
+    return {
         "label_names": dataset.label_names,
         "fps": fps or float(np.median(dataset.index["fps"])),
         "fingerprint": dataset.fingerprint,
     }
-    (workdir / DATASET).write_text(json.dumps(about, indent=2) + "\n")
 
 
 def _shape(batch: PyTree) -> Shape:
