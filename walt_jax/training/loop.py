@@ -110,7 +110,9 @@ class _Run:
         self.frozen = place(self.prepared, jax.tree.map(lambda _: replicated(mesh), self.prepared))
         self.key = place(np.asarray(experiment.seed, np.uint32), replicated(mesh))
         about = _about(dataset, experiment.data.fps)
-        self.score = Inline(experiment, workdir, mesh, self.frozen, about, quiet=quiet)
+        self.score = Inline(
+            experiment, workdir, mesh, self.frozen, about, quiet=quiet, beat=self.watchdog.alive
+        )
         if jax.process_index() == 0:
             epath.Path(workdir).mkdir(parents=True, exist_ok=True)
             (epath.Path(workdir) / config_lib.DATASET).write_text(
@@ -235,7 +237,10 @@ class _Run:
                 if last or done % experiment.eval_every == 0:
                     log.flush()
                     evaluation = self.evaluate(state, done, self.writer)
-                evaluation = evaluation | self.score(state, done, self.writer)
+                if self.score.due(done):
+                    log.flush()
+                    self.watch("evaluation", done)
+                    evaluation = evaluation | self.score(state, done, self.writer)
                 if experiment.preview_every and (last or done % experiment.preview_every == 0):
                     self.preview(state, done, self.writer)
                 leaves = self.preemption.reached(done) and not last
