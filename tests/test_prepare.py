@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,8 +15,10 @@ import cv2
 import numpy as np
 import pytest
 
+from walt_jax import config as config_lib
 from walt_jax import media, prepare
 from walt_jax.data import records
+from walt_jax.data.curation.config import PrepareConfig
 from walt_jax.data.preparation import prepare_dataset
 from walt_jax.errors import UserError
 
@@ -90,6 +93,31 @@ def test_command(tmp_path, capsys):
         prepare.main(arguments)
     prepare.main([*arguments, "--overwrite"])
     assert (records.open_dataset(output).index["height"] == 48).all()
+
+
+@pytest.mark.parametrize("variant", ["", "text", "score", "debug"])
+def test_shipped_preparation(variant):
+    """It builds, every threshold has its score, and the docstring's commands are this program's."""
+    path = REPO / "preparations" / "videos.py"
+    config = config_lib.build(PrepareConfig, config_lib.load(f"{path}:{variant}"))
+    assert config.scores.text_area == (variant == "text")
+    assert config.filter.is_on == (variant != "score")
+    for name in config.filter.ranges():
+        assert getattr(config.scores, name)
+    assert config.filter.duplicate_bits is None or config.scores.phash
+    doc = re.match(r'"""(.*?)"""', path.read_text(), re.DOTALL)[1].replace("\\\n", " ")
+    commands = re.findall(r"^ +python -m walt_jax\.prepare (.*)$", doc, re.M)
+    assert len(commands) == 2
+    for args in map(shlex.split, commands):
+        overrides = [a.removeprefix("--config.") for a in args if a.startswith("--config.")]
+        config_lib.build(PrepareConfig, config_lib.override({}, overrides))
+        prepare._parser().parse_args([a for a in args if not a.startswith("--config.")])
+
+
+def test_a_key_that_nothing_reads(tmp_path):
+    arguments = ["--input", str(tmp_path), "--output", str(tmp_path / "out")]
+    with pytest.raises(UserError, match=r"config\.scores\.moton; did you mean 'motion'"):
+        prepare.main([*arguments, "--config.scores.moton=True"])
 
 
 def test_nothing_decodable(tmp_path):

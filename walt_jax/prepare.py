@@ -1,7 +1,7 @@
 """Videos and images to records.
 
     python -m walt_jax.prepare --input PATH --output DIR [--short-side 128] [--label-from-folder]
-    python -m walt_jax.prepare --input PATH --output DIR --config configs/prepare.py
+    python -m walt_jax.prepare --input PATH --output DIR --config preparations/videos.py
 
 PATH is a folder (searched recursively), a file, a glob, WebDataset tars, a CSV or JSONL manifest
 (path, caption, label, start, end; paths relative to the manifest), tfds:NAME, ucf101:DIR,

@@ -46,11 +46,8 @@ def test_real_videos_one_after_the_other():
     """A bee, a flower and a car park are three scenes, though the bee's camera moves."""
     pytest.importorskip("scenedetect", reason="needs PySceneDetect (the extra `data`)")
     frames, starts, start = [], [], 0.0
-    for name in (
-        "bee_1280x720_h264.mp4",
-        "flower_960x540_h264.mp4",
-        "car-detection_768x432_12.5fps_h264.mp4",
-    ):
+    names = ("bee_1280x720_h264", "flower_960x540_h264", "car-detection_768x432_12.5fps_h264")
+    for name in names:
         starts.append(start)
         for time, frame in video.iter_frames(CLIPS / f"{name}.mp4", short_side=72, end=3.0):
             frames.append((start + time, cv2.resize(frame, (128, 72))))

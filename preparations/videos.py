@@ -1,6 +1,6 @@
 """Curation of videos: scene cuts, scores as columns, near-duplicates, thresholds.
 
-    python -m walt_jax.prepare --input videos --output out/videos --config configs/prepare.py
+    python -m walt_jax.prepare --input videos --output out/videos --config preparations/videos.py
 
 Other thresholds decode nothing: give the same command with --config.filter.motion="(0.05, None)"
 and --overwrite; it begins at out/videos.scored, where all clips are with their scores. Or filter
