@@ -3,8 +3,8 @@
     python -m benchmarks.token_dropping --data out/records [--rates 0 0.25 0.5] [--json FILE]
 
 One small network with full attention (4 layers of 128) makes training steps, forward and backward,
-on packed rows of 2048 tokens of 2 x 2 latents: random latents of the sizes that the videos in
-`--data` have at 256 pixels and 8 frames a second. Rows are filled by the plan of training, so that
+on a packed row of 2048 tokens of 2 x 2 latents: random latents of the sizes that the videos in
+`--data` have at 128 pixels and 8 frames a second. Rows are filled by the plan of training, so that
 a step takes as long at any rate and holds more videos: the gain is that of the videos in a row,
 less what packing leaves empty. Core seconds are told, too: they hold on a machine that others use.
 """
@@ -41,7 +41,7 @@ MODEL = DenoiserConfig(
     image_identity=False,
     dtype="float32",
 )
-BLOCKS, VIDEOS, ROWS = 2048, 32, 2
+BLOCKS, VIDEOS, ROWS = 2048, 32, 1
 FRAMES = 17  # of a clip at most
 
 
@@ -85,12 +85,12 @@ def main() -> None:
 
 
 def latents_of(folder: str) -> np.ndarray:
-    """(T, H, W) of the latents of a dataset's videos at 256 pixels, 50 times over."""
+    """(T, H, W) of the latents of a dataset's videos at 128 pixels, 50 times over."""
     dataset = open_dataset(folder)
     if dataset.metadata.get("kind") == "latents":
         raise UserError(f"{folder} holds latents: give prepared videos as --data.")
     index = dataset.index
-    sizes = BucketsConfig((Bucket(256, 1),), (), 16).sizes(256)
+    sizes = BucketsConfig((Bucket(128, 1),), (), 16).sizes(128)
     nearest = np.array(sizes)[assign(index["height"], index["width"], sizes)]
     frames = 1 + (np.minimum(longest_clips(index, 8.0), FRAMES) - 1) // 4
     return np.tile(np.stack([frames, *(nearest // 8).T], axis=1), (50, 1))
