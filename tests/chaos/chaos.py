@@ -42,10 +42,18 @@ def write_latents(folder, bad=None):
             writer.write(example, shard=i % 4)
 
 
+def _session(pid):
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[3])
+    except FileNotFoundError:
+        return None
+
+
 class Job:
     """One call of `local_pod`; its lines are read as they come."""
 
     def __init__(self, processes, workdir, records, cache):
+        self.processes = processes
         command = [sys.executable, "-m", "launch.local_pod", f"--processes={processes}"]
         command += ["--restarts=100000", f"--compilation_cache={cache}", f"--preload={PRELOADED}"]
         command += ["--", "python", "-m", "walt_jax.train", f"--config={CONFIG}"]
@@ -84,9 +92,16 @@ class Job:
         return "".join(self.lines[-30:])
 
     def children(self):
-        """The processes of the present start."""
-        pid = self.process.pid
-        return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        """The processes of the present start, once all are there."""
+        pid, deadline = self.process.pid, time.monotonic() + WAIT
+        while True:
+            found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+            # Imports run programs too; these are no leaders of a session.
+            leaders = [int(p) for p in found if _session(p) == int(p)]
+            if len(leaders) == self.processes:
+                return leaders
+            assert time.monotonic() < deadline, self.tail()
+            time.sleep(0.01)
 
     def end(self):
         """Tells it to leave, and waits."""
@@ -188,14 +203,17 @@ class Campaign:
     def moment(self, most):
         time.sleep(self.random.uniform(0, most))
 
+    def steps(self):
+        folder = self.workdir / "checkpoints"
+        return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
+
     def one(self, job):
         return self.random.choice(job.children())
 
     def _kill_9_at_any_moment(self, job, mark):
+        self.one(job)
         self.moment(8)  # a start takes most of it
-        while not (children := job.children()):
-            time.sleep(0.01)
-        os.kill(self.random.choice(children), signal.SIGKILL)
+        os.kill(self.one(job), signal.SIGKILL)
         return self.crashed(job, mark)
 
     def _kill_9_in_a_step(self, job, mark):
@@ -230,9 +248,10 @@ class Campaign:
         return self.job(), 0
 
     def _truncated_checkpoint(self, job, mark):
+        while len(self.steps()) < 2:  # the only one is not to be damaged
+            time.sleep(0.01)
         children = self.stopped(job)
-        steps = sorted(int(p.name) for p in (self.workdir / "checkpoints").glob("*[0-9]"))
-        assert len(steps) > 1
+        steps = self.steps()
         newest = self.workdir / "checkpoints" / str(steps[-1])
         item = newest / self.random.choice(["params", "ema", "opt_state", "rest", "contents"])
         files = [p for p in sorted(item.rglob("*")) if p.is_file()]

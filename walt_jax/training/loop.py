@@ -188,20 +188,11 @@ class _Run:
                         return self.stretch(state, progress, checkpoints)
                     except Diverged as fault:
                         del state
+                        fault.__traceback__ = None  # its frames hold the state too
                         state, progress = self.roll_back(fault, progress, checkpoints)
             finally:
                 self.say(self.goodput.describe())
-                self.close_writer()
-
-    def close_writer(self) -> None:
-        """Writes out the metrics; what ends the run tells more than their failing would."""
-        if self.writer is None:
-            return
-        try:
-            self.writer.flush()
-            self.writer.close()
-        except Exception as e:  # TensorFlow's own kinds
-            logger.warning("the last metrics are lost: %s", e)
+                metrics_lib.close(self.writer)
 
     def stretch(
         self, state: TrainState, progress: Progress, checkpoints: Checkpoints

@@ -1,6 +1,7 @@
 """Where metrics go: TensorBoard, `metrics.jsonl`, and a line with the time left."""
 
 import json
+import logging
 import sys
 import time
 import typing
@@ -13,6 +14,7 @@ from etils import epath
 if typing.TYPE_CHECKING:
     from clu import metric_writers
 
+logger = logging.getLogger(__name__)
 METRICS = "metrics.jsonl"
 
 # Dense matrix peaks of one JAX device in bf16, FLOP/s, by the start of `device_kind`.
@@ -41,6 +43,17 @@ def make_writer(workdir: str | Path) -> "metric_writers.MetricWriter":
     from walt_jax.training import writers
 
     return writers.make(epath.Path(workdir))
+
+
+def close(writer: "metric_writers.MetricWriter | None") -> None:
+    """Writes out what is left; what ends the run tells more than a failure of this would."""
+    if writer is None:
+        return
+    try:
+        writer.flush()
+        writer.close()
+    except Exception as e:  # TensorFlow's own kinds
+        logger.warning("the last metrics are lost: %s", e)
 
 
 def read_metrics(workdir: str | Path, name: str) -> tuple[np.ndarray, np.ndarray]:
