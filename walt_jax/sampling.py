@@ -70,9 +70,9 @@ class Generator:
         if not isinstance(task, DenoiserTask):
             raise UserError(f"{workdir} is a run of another task: sample from a denoiser's.")
         with Checkpoints(workdir, read_only=True) as checkpoints:
-            step = checkpoints.latest if step is None else step
             name = "ema" if weights == "ema" else "params"
             params = checkpoints.restore_part((name,), step)[name]
+            step = checkpoints.restored
         about_file = epath.Path(workdir) / config_lib.DATASET
         if not about_file.exists():
             raise UserError(f"{about_file} is missing: copy the whole workdir of the training.")

@@ -8,7 +8,7 @@ import re
 import tempfile
 import urllib.parse
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -18,6 +18,8 @@ from etils import epath
 from walt_jax.errors import UserError
 from walt_jax.progress import bar
 from walt_jax.torch_archive import read_tensors
+
+Take = Callable[[str, Sequence[int] | None], np.ndarray]
 
 _CHUNK = 1 << 20
 _TIMEOUT = 60.0  # seconds without a byte
@@ -96,6 +98,33 @@ def parse(path: epath.Path, data: bytes) -> dict[str, np.ndarray]:
         ) from error
 
 
+def taker(tensors: dict[str, np.ndarray], source: str, contents: str) -> Take:
+    """A function that gives the tensor of a name as float32 and checks its shape, if given one.
+
+    Args:
+      tensors: of a file.
+      source: its path or URL.
+      contents: what should be in it, for the message of the UserError that the function raises.
+    """
+
+    def take(name: str, shape: Sequence[int] | None) -> np.ndarray:
+        if name not in tensors:
+            raise UserError(f"{source} has no tensor {name!r}: give a file of {contents}.")
+        if shape is not None and tensors[name].shape != tuple(shape):
+            raise UserError(
+                f"{source}: {name} has the shape {tensors[name].shape} instead of "
+                f"{tuple(shape)}: give a file of {contents}."
+            )
+        return tensors[name].astype(np.float32)
+
+    return take
+
+
+def cache_folder() -> Path:
+    """$WALT_CACHE, or ~/.cache/walt_jax; it need not exist."""
+    return Path(os.environ.get("WALT_CACHE") or "~/.cache/walt_jax").expanduser()
+
+
 def git_blob_id(data: bytes) -> str:
     """What git calls a file of these bytes."""
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
@@ -136,7 +165,7 @@ def _download(url: str, digest: str) -> Path:
         raise UserError(
             f"{url} has no sha256: give one with a URL, so that what arrives is what was published."
         )
-    cache = Path(os.environ.get("WALT_CACHE") or "~/.cache/walt_jax").expanduser()
+    cache = cache_folder()
     path = cache / f"{digest}{_suffix(url)}"
     if path.exists():
         return path

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from walt_jax.errors import UserError
-from walt_jax.evaluation.frechet import frechet_distance, kernel_distance
+from walt_jax.evaluation.frechet import frechet_distance, inception_score, kernel_distance
 from walt_jax.evaluation.moments import Moments
 
 
@@ -109,3 +109,21 @@ def test_refuses_what_cannot_be_compared():
             distance(kind(a), kind(a[:, :3]))
         with pytest.raises(UserError, match="at least 2 videos"):
             distance(kind(a), kind(a[:1]))
+
+
+def test_inception_score_between_one_and_the_classes():
+    sure = np.repeat(np.eye(5) * 100, 4, 0)  # four of each class
+    assert inception_score(sure, splits=1) == (pytest.approx(5), 0)
+    assert inception_score(np.zeros((20, 5)), splits=4) == (pytest.approx(1), pytest.approx(0))
+    # Parts in order: here each holds one class only.
+    assert inception_score(sure, splits=5)[0] == pytest.approx(1)
+
+
+def test_inception_score_is_its_formula():
+    logits = np.random.default_rng(0).normal(size=(30, 7))
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    parts = [np.exp((q * np.log(q / q.mean(0))).sum(1).mean()) for q in (p[:10], p[10:20], p[20:])]
+    mean, deviation = inception_score(logits + 1000, splits=3)
+    assert mean == pytest.approx(np.mean(parts)) and deviation == pytest.approx(np.std(parts))
+    with pytest.raises(UserError, match="30 videos cannot be split into 31 parts"):
+        inception_score(logits, splits=31)

@@ -17,8 +17,9 @@ import cv2
 import jax
 import numpy as np
 
+from walt_jax.data.assignment import longest_clips
 from walt_jax.data.buckets import fit_frames
-from walt_jax.data.pipeline import DataConfig, clip_frames, in_split, long_enough
+from walt_jax.data.pipeline import DataConfig, clip_frames, in_split
 from walt_jax.data.records import VIDEO_FEATURES, Dataset, decode_frames, open_dataset
 from walt_jax.data.sources import FileSource, find_sources
 from walt_jax.data.video import EXTENSIONS, probe, read_video
@@ -352,10 +353,10 @@ class _Prepared:
         self._dataset: Dataset = open_dataset(path, VIDEO_FEATURES)
         index = self._dataset.index
         cut = DataConfig(str(path), num_frames=protocol.span, fps=protocol.fps)
-        fits = long_enough(index, cut)
+        fits = longest_clips(index, cut.fps) >= cut.num_frames
         used = np.ones(len(fits), bool)
         if part != "all":
-            used = long_enough(index, data)
+            used = longest_clips(index, data.fps) >= data.num_frames
             used[used] = in_split(index["source"][used], data.eval_fraction, part)
         self._rows = np.flatnonzero(fits & used)
         if not len(self._rows):

@@ -25,6 +25,11 @@ FIXTURE = "frechet_fixture"
 _MODULES = {
     "i3d": "walt_jax.evaluation.i3d",
     "i3d-pool": "walt_jax.evaluation.i3d",
+    "inception": "walt_jax.evaluation.inception",
+    "inception-logits": "walt_jax.evaluation.inception",
+    "c3d": "walt_jax.evaluation.c3d",
+    "videomae": "walt_jax.evaluation.videomae",
+    "clip": "walt_jax.evaluation.clip",
 }
 
 
@@ -56,15 +61,18 @@ class FeatureNet(Protocol):
 class Extractor:
     """A FeatureNet from a function of parameters and clips.
 
-    Every device takes one clip at a time, whatever the batch: the features of a clip are the same
-    bits on any number of devices and in any batch, and one shape of clip is compiled once. With
+    Every device takes `group` clips at a time, whatever the batch: the features of a clip depend on
+    neither the number of devices nor the batch, and one shape of clip is compiled once. With
     several processes each gives clips of its own, which its own devices share; the sums are joined
     by `Moments.over_processes`.
 
     Attributes:
       weights: what the weights are, such as 'rgb_scratch' or 'fixture'.
-      apply: of parameters and uint8 clips (1, T, H, W, 3); float32 (1, dims).
+      apply: of parameters and uint8 clips (group, T, H, W, 3); float32 (group, dims). Products are
+        in float32 on any chip.
       params: on the host.
+      max_frames: of a video, or None for any number.
+      group: 1 gives the same bits anywhere; more suits networks of single frames.
       mesh: whose devices are used, or None for the first device.
       The others are FeatureNet's.
     """
@@ -79,6 +87,8 @@ class Extractor:
     apply: Callable[[PyTree, jax.Array], jax.Array]
     params: dataclasses.InitVar[PyTree]
     mesh: dataclasses.InitVar[Mesh | None] = None
+    max_frames: int | None = None
+    group: int = 1
 
     def __post_init__(self, params: PyTree, mesh: Mesh | None) -> None:
         # Of this process only, side by side: no network here talks between devices.
@@ -86,29 +96,35 @@ class Extractor:
         local = Mesh(np.array(here).reshape(-1, *(1,) * (len(AXES) - 1)), AXES)
         everywhere = jax.tree.map(lambda _: replicated(local), params)
         layout = Layout(local)
-        program = jax.jit(
-            lambda clips, params: layout.by_clip(lambda c, p: self.apply(p, c), clips, params)
-        )
+
+        def program(clips: jax.Array, params: PyTree) -> jax.Array:
+            with jax.default_matmul_precision("highest"):
+                return layout.by_clip(lambda c, p: self.apply(p, c), clips, params)
+
         object.__setattr__(self, "_placed", place(params, everywhere))
         object.__setattr__(self, "_sharding", batch_sharding(local))
-        object.__setattr__(self, "_program", program)
+        object.__setattr__(self, "_program", jax.jit(program))
 
     def __call__(self, videos_BTHWC: np.ndarray) -> np.ndarray:
         """As FeatureNet says.
 
         Raises:
-          UserError: too few frames.
+          UserError: too few frames, or too many.
           ValueError: no uint8 videos.
         """
         videos = jax.device_get(videos_BTHWC)
         if videos.ndim != 5 or videos.shape[-1] != 3 or videos.dtype != np.uint8:
             raise ValueError(f"videos are {videos.dtype} {videos.shape}, not uint8 (B, T, H, W, 3)")
-        if videos.shape[1] < self.min_frames:
+        least, most, frames = self.min_frames, self.max_frames, videos.shape[1]
+        if frames < least or (most is not None and frames > most):
+            takes = f"at least {least} frames" if most is None else f"{least} to {most} frames"
+            takes = f"{least} frame{'s' * (least > 1)}" if least == most else takes
             raise UserError(
-                f"{self.name} needs at least {self.min_frames} frames a video, {videos.shape[1]} "
-                "given: make longer clips."
+                f"{self.name} needs {takes} a video, {frames} given: make "
+                f"{'longer' if frames < least else 'shorter'} clips"
+                f"{', or split videos by features.single_frames.' if most == 1 else '.'}"
             )
-        step = self._sharding.mesh.size
+        step = self._sharding.mesh.size * self.group
         found = []
         for start in range(0, len(videos), step):
             clips = videos[start : start + step]
@@ -136,7 +152,9 @@ def load(
         address in docs/evaluation.md.
       resize: instead of the network's own (see `resize.py`).
       mesh: whose devices are used; None is the first device.
-      allow: kinds of weights that are otherwise refused ('rgb_imagenet', 'unknown').
+      allow: for I3D, kinds of weights that are otherwise refused ('rgb_imagenet', 'unknown'). For
+        other networks 'trained' vouches that a file whose hash is not known holds trained weights;
+        without it scores are named frechet_fixture.
 
     Raises:
       UserError: no such network, or weights that are missing, damaged or of the wrong kind.
@@ -157,6 +175,11 @@ def load(
             "that Python finds."
         ) from error
     return make(weights, resize=resize, mesh=mesh, allow=allow)
+
+
+def single_frames(videos_BTHWC: np.ndarray) -> np.ndarray:
+    """Every frame as a video of its own, for networks of images: (B * T, 1, H, W, C)."""
+    return np.reshape(videos_BTHWC, (-1, 1, *np.shape(videos_BTHWC)[2:]))
 
 
 def names() -> list[str]:

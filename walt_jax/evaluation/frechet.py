@@ -96,3 +96,35 @@ def _discrepancy(x: np.ndarray, y: np.ndarray) -> float:
 
 def _kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return (x @ y.T / x.shape[1] + 1) ** 3
+
+
+def inception_score(logits_ND: np.ndarray, *, splits: int = 10) -> tuple[float, float]:
+    """The inception score (1606.03498, section 4) of logits of classes.
+
+    exp of the mean Kullback-Leibler divergence between each video's classes and those of all.
+
+    Args:
+      logits_ND: of frames by Inception, of videos by C3D (UCF-101's score).
+      splits: equal parts, in order, which are scored by themselves (MAGVIT: its 4 folds).
+
+    Returns:
+      The mean over the parts and their standard deviation; between 1 and the number of classes.
+
+    Raises:
+      UserError: fewer videos than parts.
+    """
+    logits = np.asarray(logits_ND, np.float64)
+    if not 1 <= splits <= len(logits):
+        raise UserError(
+            f"The inception score of {len(logits)} videos cannot be split into {splits} parts: "
+            "give more videos or fewer splits."
+        )
+    scores = []
+    for part in np.array_split(logits, splits):
+        log_p = part - part.max(1, keepdims=True)
+        log_p = log_p - np.log(np.exp(log_p).sum(1, keepdims=True))
+        p = np.exp(log_p)
+        # Where the mean is 0 so are all p, and the product is 0.
+        log_mean = np.log(np.maximum(p.mean(0), np.finfo(np.float64).tiny))
+        scores.append(np.exp((p * (log_p - log_mean)).sum(1).mean()))
+    return float(np.mean(scores)), float(np.std(scores))

@@ -1,7 +1,7 @@
 """A run's own evaluators, between two steps of its loop."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ class Inline:
         about: Mapping[str, Any],
         *,
         quiet: bool,
+        beat: Callable[[], None],
     ) -> None:
         """Nothing is checked yet: that needs the state's weights; see `prepare`.
 
@@ -44,9 +45,10 @@ class Inline:
           frozen: what the task keeps fixed, on the mesh.
           about: the run's `dataset.json`.
           quiet: show no progress.
+          beat: called now and then while it scores, as a sign of life.
         """
         self._experiment, self._workdir, self._mesh = experiment, workdir, mesh
-        self._frozen, self._about, self._quiet = frozen, about, quiet
+        self._frozen, self._about, self._quiet, self._beat = frozen, about, quiet, beat
         self._evaluators: list[Evaluator] = [e for e in experiment.evaluators if e.inline]
         self._scorings: list[scoring.Scoring] = []
 
@@ -65,16 +67,19 @@ class Inline:
                 config_lib.to_dict(self._experiment),
                 self._workdir,
                 progress=not self._quiet,
+                beat=self._beat,
             )
             for group in self._scorings:
                 group.prepare()
 
+    def due(self, step: int) -> list[scoring.Scoring]:
+        """Those that score after `step` updates."""
+        last = step == self._experiment.num_steps
+        return [group for group in self._scorings if group.due(step, last)]
+
     def __call__(self, state: TrainState, step: int, writer: Any) -> dict[str, float]:
         """The scores that are due after `step`, as `score/NAME`."""
-        last = step == self._experiment.num_steps
-        due = [group for group in self._scorings if group.due(step, last)]
-        if not due:
-            return {}
+        due = self.due(step)
         with jax.transfer_guard("allow"):
             subject = self._subject(state, step)
             shared = isinstance(subject, Generator)

@@ -35,6 +35,7 @@ def gather(
     shared: bool = False,
     progress: bool = True,
     save_every: float | None = None,
+    beat: Callable[[], None] | None = None,
 ) -> None:
     """Counts videos 0 to `total` - 1 into fresh measures, over all processes.
 
@@ -51,6 +52,7 @@ def gather(
         own; otherwise each is asked for numbers of its own.
       progress: show it.
       save_every: seconds between two saves.
+      beat: called after each batch, as a sign of life.
 
     Raises:
       UserError: the folder is not shared, or what `produce` and the measures raise.
@@ -70,6 +72,8 @@ def gather(
                 measure.add(numbers, *videos)
             sums.done[numbers] = True
             bar.update(len(numbers) * (count if shared else 1))
+            if beat is not None:
+                beat()
             if time.monotonic() - saved >= pause:
                 sums.save()
                 saved = time.monotonic()

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,7 @@ class Scoring:
         cache: str | Path | None = None,
         mesh: Mesh | None = None,
         progress: bool = True,
+        beat: Callable[[], None] | None = None,
     ) -> None:
         """Finds the real clips and checks that all fits.
 
@@ -67,12 +68,13 @@ class Scoring:
           cache: for the statistics instead.
           mesh: whose devices feature networks use; the local ones by default.
           progress: show it.
+          beat: called after each batch of samples, as a sign of life.
 
         Raises:
           UserError: the protocol does not fit the run, or there are no real clips.
         """
         self._evaluators, self._sampling = evaluators, evaluators[0].sampling
-        self._values, self._progress = values, progress
+        self._values, self._progress, self._beat = values, progress, beat
         self.reconstructed = isinstance(subject, Reconstructor)
         for evaluator in evaluators:
             if values["task"]["name"] not in evaluator.tasks:
@@ -164,6 +166,7 @@ class Scoring:
             what=f"score step {subject.step}",
             shared=shared,
             progress=self._progress,
+            beat=self._beat,
         )
         new = [
             Score(name, folds, records[k], subject.step)
