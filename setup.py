@@ -43,7 +43,7 @@ EXTRAS_REQUIRE = {
     "ocr": ["rapidocr-onnxruntime>=1.4; python_version < '3.13'"],
     "text": ["tokenizers>=0.20"],
     "eval": ["scikit-image>=0.24", "scipy>=1.11"],
-    "parity": ["torch==2.13.0"],
+    "parity": ["torch==2.13.0", "torchvision==0.28.0"],
     "dev": [
         "pytest>=8.0",
         "pytest-xdist>=3.5",

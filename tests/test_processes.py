@@ -42,10 +42,9 @@ def finish(process):
 def newest(workdir):
     """The newest checkpoint's arrays, and its progress."""
     with Checkpoints(workdir, read_only=True) as checkpoints:
-        names = ("step", "params", "ema", "opt_state", "extra")
-        folder = checkpoints.directory / str(checkpoints.latest) / "progress"
-        progress = json.loads((folder / "metadata").read_text())
-        return checkpoints.restore_part(names), progress
+        arrays = checkpoints.restore_part(("step", "params", "ema", "opt_state", "extra"))
+        folder = checkpoints.directory / str(checkpoints.restored) / "progress"
+        return arrays, json.loads((folder / "metadata").read_text())
 
 
 def losses(workdir):
@@ -79,7 +78,7 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path, sprite_records, straight):
     ours, theirs = newest(tmp_path / "run"), newest(straight)
     assert jax.tree.structure(ours[0]) == jax.tree.structure(theirs[0])
     jax.tree.map(np.testing.assert_array_equal, ours[0], theirs[0])
-    assert ours[1]["next_batch"] == theirs[1]["next_batch"] == 8
+    assert ours[1]["step"] == ours[1]["next_batch"] == theirs[1]["next_batch"] == 8
     assert ours[1]["clips"] == theirs[1]["clips"] == 64
     assert losses(tmp_path / "run") == losses(straight)
 

@@ -2,14 +2,21 @@
 
 import argparse
 import logging
+import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
-from walt_jax.errors import UserError
+import jax
+
+from walt_jax.errors import EXIT_PREEMPTED, EXIT_USER, Preempted, UserError
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a command; a UserError is printed as one sentence and exits with status 2."""
+    """Runs a command; a UserError is printed as one sentence and exits with status 2.
+
+    A run that was preempted exits with `EXIT_PREEMPTED`, when all of its processes have saved.
+    """
     logger, handler = logging.getLogger("walt_jax"), logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger.addHandler(handler)
@@ -19,10 +26,25 @@ def run(main: Callable[[], None]) -> None:
         main()
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+        _leave(EXIT_USER)
+    except Preempted as e:
+        print(f"preempted: {e}", file=sys.stderr)
+        sys.exit(EXIT_PREEMPTED)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        _leave(130)
+    except Exception:
+        traceback.print_exc()
+        _leave(1)
+
+
+def _leave(status: int) -> None:
+    """Exits; one of several processes at once, for the others wait for it and it for them."""
+    if jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def config_parser(
@@ -47,9 +69,14 @@ def config_parser(
 
 
 def parse(
-    parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None = None, group: str = "config"
 ) -> tuple[argparse.Namespace, list[str]]:
     """Parses arguments; returns them and the `--config.a.b=value` overrides as `a.b=value`.
+
+    Args:
+      parser: of the other arguments.
+      argv: by default the command line's.
+      group: what overrides are of, `config` or another word.
 
     Raises:
       UserError: an argument that nothing reads, or an override without a value.
@@ -59,11 +86,11 @@ def parse(
     rest = list(rest)
     while rest:
         item = rest.pop(0)
-        if not item.startswith("--config."):
+        if not item.startswith(f"--{group}."):
             raise UserError(f"Nothing reads the argument {item!r}: see --help.")
         if "=" not in item:
             if not rest or rest[0].startswith("--"):
                 raise UserError(f"The override {item} has no value: write {item}=VALUE.")
             item = f"{item}={rest.pop(0)}"
-        overrides.append(item.removeprefix("--config."))
+        overrides.append(item.removeprefix(f"--{group}."))
     return args, overrides

@@ -23,6 +23,7 @@ from walt_jax.errors import UserError
 
 T = TypeVar("T")
 RESOLVED = "config.json"
+DATASET = "dataset.json"  # what sampling needs to know of a run's data
 
 
 def load(spec: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -187,11 +188,17 @@ def to_dict(config: Any) -> Any:
 
 
 def claim_workdir(
-    workdir: str | Path, config: Any, *, replace: bool = False, write: bool = True
+    workdir: str | Path,
+    config: Any,
+    *,
+    replace: bool = False,
+    write: bool = True,
+    free: Sequence[str] = (),
 ) -> None:
     """Writes the resolved config to `workdir/config.json`, or checks that it is the one there.
 
-    With several processes every one checks and one writes.
+    With several processes every one checks and one writes. The groups of keys in `free` may differ:
+    what does not change the numbers, such as the mesh.
 
     Raises:
       UserError: the workdir holds another config; the sentence lists every difference.
@@ -200,7 +207,8 @@ def claim_workdir(
     ours = to_dict(config)
     if path.exists() and not replace:
         theirs = _with_defaults(type(config), json.loads(path.read_text()))
-        if diff := differences(theirs, ours):
+        found = differences(theirs, ours)
+        if diff := {k: v for k, v in found.items() if k.split(".")[0] not in free}:
             lines = "; ".join(f"{k}: {a!r} -> {b!r}" for k, (a, b) in diff.items())
             raise UserError(
                 f"{path} was started with another config ({lines}): choose another --workdir, or "

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import jax
+
 from walt_jax import cli
 from walt_jax import config as config_lib
 from walt_jax.parallel import distributed
@@ -17,8 +19,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         action="store_true",
         help="go on in a workdir that was started with another config",
     )
+    parser.add_argument(
+        "--compilation_cache",
+        metavar="DIR",
+        help="keeps compiled steps (local or gs://): a restarted run compiles nothing again",
+    )
     distributed.add_flags(parser)
     args, overrides = cli.parse(parser, argv)
+    if args.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", args.compilation_cache)
     distributed.start(args)
     experiment = config_lib.build(Experiment, config_lib.load(args.config, overrides))
     train(experiment, args.workdir, replace_config=args.replace_config)

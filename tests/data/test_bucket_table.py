@@ -123,7 +123,8 @@ def test_batch_sizes_by_the_token_budget():
     budget = BucketsConfig(config.table, (1.0,), 8, token_budget=1000, batch_multiple=2)
     assert budget.tokens(17, (64, 64)) == (5, 8, 8) and budget.tokens(1, (32, 48)) == (1, 4, 6)
     assert [budget.batch_size(b, (64, 64), 5) for b in config.table] == [2, 14, 3]
-    assert budget.latent_batches(5) == {(5, 8, 8): 2, (1, 8, 8): 14, (1, 4, 4): 3}
+    assert budget.batches(5, latents=True) == {(5, 8, 8): 2, (1, 8, 8): 14, (1, 4, 4): 3}
+    assert budget.batches(5, latents=False) == {(17, 64, 64): 2, (1, 64, 64): 14, (1, 32, 32): 3}
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from small_denoisers import network_of, random_params
 from walt_jax.errors import UserError
 from walt_jax.models import Conditions, DenoiserConfig, Packing
 from walt_jax.models.denoiser import CrossAttentionConfig
-from walt_jax.models.denoiser.packing import from_row, to_row
+from walt_jax.models.denoiser.packing import from_row, to_frame, to_row, whole
 
 WINDOWS = DenoiserConfig(
     grid=(4, 8, 8),
@@ -107,7 +107,10 @@ CASES = {
     "time": (change(WINDOWS, windows=((1, 0, 0), (0, 1, 1)), order="block"), (2, 4, 4)),
     "heads": (change(WINDOWS, windows=((0, 0, 0), (2, 4, 4)), order="heads"), (2, 4, 4)),
     "tokens": (TOKENS, (1, 2, 2)),
-    "tokens in windows": (change(TOKENS, windows=((1, 0, 0), (0, 2, 2))), (1, 2, 2)),
+    "tokens in windows": (
+        change(TOKENS, windows=((1, 0, 0), (0, 2, 2), (0, 1, 1)), num_layers=3),
+        (1, 2, 2),
+    ),
     "tokens, time added": (
         change(TOKENS, conditioning="added", skips=True, num_layers=3),
         (1, 2, 2),
@@ -214,6 +217,16 @@ def test_rows_of_blocks_and_back():
     assert row.shape == (2, 2, 4, 15, 2)
     np.testing.assert_array_equal(row[:, :, :, 5:10], blocks[:, 1])
     np.testing.assert_array_equal(from_row(row, 3), blocks)
+
+
+def test_a_line_of_tokens_is_a_frame():
+    x = jnp.arange(2 * 24 * 3).reshape(2, 1, 1, 24, 3)
+    assert to_frame(x).shape == (2, 1, 8, 3, 3)
+    np.testing.assert_array_equal(to_frame(x).reshape(x.shape), x)
+    assert to_frame(x[:, :, :, :20]).shape == (2, 1, 1, 20, 3)
+    tokens = whole((1, 1, 1))
+    for window in ((0, 1, 1), (1, 0, 0), (0, 2, 2)):  # no row of the frame is a window
+        assert tokens.native(window) == (0, 0, 0)
 
 
 def test_window_ids_are_of_the_videos_windows():

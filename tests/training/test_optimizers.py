@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from walt_jax.errors import UserError
@@ -123,3 +124,51 @@ def test_no_moving_average_is_the_parameters():
     assert any(
         (a != b).any() for a, b in zip(jax.tree.leaves(last.ema), jax.tree.leaves(last.params))
     )
+
+
+def test_muon_learns_and_orthogonalises_kernels_only():
+    config = OptimizerConfig(name="muon", learning_rate=1e-2, warmup_steps=1, weight_decay=0.01)
+    losses, _, _, _ = train(config, 40)
+    assert losses[-1] < 0.5 * losses[0]
+    rng = np.random.default_rng(0)
+    shapes = {"dense": (48, 16), "stacked": (3, 16, 48), "conv": (3, 3, 3, 8, 16)}
+    params = {name: {"kernel": jnp.zeros(shape)} for name, shape in shapes.items()}
+    params["dense"]["bias"] = jnp.zeros(16)
+    grads = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), params)
+    optimizer = make_optimizer(OptimizerConfig(name="muon", warmup_steps=1, grad_clip=0.0), 10)
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    rate = OptimizerConfig().learning_rate
+    for name, (inputs, outputs) in {
+        "dense": (48, 16),
+        "stacked": (16, 48),
+        "conv": (3 * 3 * 3 * 8, 16),
+    }.items():
+        for matrix in np.asarray(updates[name]["kernel"]).reshape(-1, inputs, outputs):
+            values = np.linalg.svd(matrix / rate, compute_uv=False)
+            scale = 0.2 * np.sqrt(max(inputs, outputs))
+            assert np.all((0.5 * scale < values) & (values < 1.4 * scale))
+    np.testing.assert_allclose(np.abs(updates["dense"]["bias"]), rate, rtol=1e-3)  # Adam's first
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_accumulated_gradients_are_the_mean_of_the_parts(dtype):
+    """By hand: the gradients of every second row, each half with its own noise."""
+    base = OptimizerConfig(warmup_steps=1, grad_clip=0.0)
+    config = dataclasses.replace(base, accumulate=2, grad_dtype=dtype)
+    _, metrics, first, _ = train(config, 1)
+    key = jax.random.fold_in(jax.random.key(1), 0)
+
+    def loss(params, part):
+        rows = {name: x[part::2] for name, x in BATCH.items()}
+        number, step = jax.random.fold_in(key, part), jnp.zeros((), jnp.int32)
+        return TASK.loss(params, {}, {}, rows, number, step, Layout())[0]
+
+    values, grads = zip(*(jax.value_and_grad(loss)(first.params, part) for part in (0, 1)))
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, *grads)
+    tolerance = 1e-5 if dtype == "float32" else 2e-2
+    assert float(metrics["loss"]) == pytest.approx(float(sum(values)) / 2, rel=1e-5)
+    norms = {name: float(optax.global_norm(part)) for name, part in mean.items()}
+    got = {name: float(metrics[f"grad_norm/{name}"]) for name in norms}
+    assert got == pytest.approx(norms, rel=tolerance)
+    if dtype == "bfloat16":
+        assert got != pytest.approx(norms, rel=1e-6)  # it was rounded

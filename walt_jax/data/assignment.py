@@ -123,7 +123,7 @@ def _by_latents(
     shapes = [tuple(shape) for shape in shapes.tolist()]
     sizes = [batch_size] * len(shapes)
     if config.buckets is not None:
-        known = config.buckets.latent_batches(batch_size)
+        known = config.buckets.batches(batch_size, latents=True)
         for shape in shapes:
             if shape not in known:
                 raise UserError(

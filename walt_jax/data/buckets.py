@@ -133,13 +133,15 @@ class BucketsConfig:
         t, h, w = (max(1, n // p) for n, p in zip(latents, self.patch))
         return t, h, w
 
-    def latent_batches(self, default: int) -> dict[tuple[int, int, int], int]:
-        """Batch sizes by the shape (T, H, W) of the latents that the tokenizer makes of clips."""
+    def batches(self, default: int, *, latents: bool) -> dict[tuple[int, int, int], int]:
+        """Batch sizes by the shape (T, H, W) of clips, or of the latents that are made of them."""
         whole = dataclasses.replace(self, patch=(1, 1, 1))
         return {
-            whole.tokens(bucket.num_frames, size): self.batch_size(bucket, size, default)
-            for bucket in self.table
-            for size in self.sizes(bucket.resolution)
+            whole.tokens(b.num_frames, size) if latents else (b.num_frames, *size): (
+                self.batch_size(b, size, default)
+            )
+            for b in self.table
+            for size in self.sizes(b.resolution)
         }
 
     def batch_size(self, bucket: Bucket, size: Size, default: int) -> int:
@@ -264,8 +266,14 @@ class _Draw:
         return np.where(stays.any(axis=1), chosen, -1)
 
 
-def fit_frames(frames: np.ndarray, size: Size) -> np.ndarray:
-    """Scales frames to cover `size`, then crops the centre; uint8 (T, H, W, 3)."""
+def fit_frames(frames: np.ndarray, size: Size, at: tuple[float, float] = (0.5, 0.5)) -> np.ndarray:
+    """Scales frames to cover `size`, then crops; uint8 (T, H, W, 3).
+
+    Args:
+      frames: uint8 (T, H', W', 3).
+      size: height and width.
+      at: where the crop lies in what is left over, 0 (top, left) to 1; by default in the centre.
+    """
     height, width = size
     h, w = frames.shape[1:3]
     scale = max(height / h, width / w)
@@ -273,7 +281,7 @@ def fit_frames(frames: np.ndarray, size: Size) -> np.ndarray:
     if scaled != (w, h):
         method = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
         frames = np.stack([cv2.resize(f, scaled, interpolation=method) for f in frames])
-    top, left = (scaled[1] - height) // 2, (scaled[0] - width) // 2
+    top, left = int((scaled[1] - height) * at[0]), int((scaled[0] - width) * at[1])
     return np.ascontiguousarray(frames[:, top : top + height, left : left + width])
 
 

@@ -214,8 +214,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         (Bucket(256, 17),), patch=model.patch_size if model else (1, 1, 1)
     )
     pipeline = Pipeline(dataset, data, batch_size=experiment.batch_size, seed=experiment.seed)
-    lines = survey(pipeline, like, model)
     print(f"{pipeline.describe()}\n")
+    if data.packing is not None:
+        return
+    lines = survey(pipeline, like, model)
     print("\n".join(table_of(lines)))
     attention = "with attention" if model else "without attention"
     print(

@@ -22,6 +22,11 @@ class Joint:
     def __init__(self, videos: Pipeline, images: Pipeline) -> None:
         self._videos, self._images = videos, images
 
+    @property
+    def pipelines(self) -> list[Pipeline]:
+        """Of the videos and of the images."""
+        return [self._videos, self._images]
+
     def num_clips(self, k: int) -> int:
         """Videos in batch k."""
         return self._videos.num_clips(k)

@@ -237,7 +237,7 @@ class Pipeline:
         fits = assign(np.arange(len(dataset))).taken
         # Of those that fit alone, as the latents made of them are.
         chosen = np.flatnonzero(fits)
-        chosen = chosen[_split(dataset.index["source"][chosen], config.eval_fraction, split)]
+        chosen = chosen[in_split(dataset.index["source"][chosen], config.eval_fraction, split)]
         self.left_out = int(np.sum(~fits))
         if not chosen.size and fits.any():
             raise UserError(
@@ -275,6 +275,19 @@ class Pipeline:
         rows = self.plan(k)[1]
         return len(rows) if self.config.packing is None else sum(map(len, rows))
 
+    def keys(self, k: int) -> list[str]:
+        """The records of batch k, a row each: `source@start`, of packed videos several."""
+        _, rows = self.plan(k)
+        index = self.dataset.index
+        starts = index["start"] if "start" in index else np.zeros(len(self.dataset))
+
+        def named(i: int) -> str:
+            return f"{index['source'][i]}@{starts[i]:g}"
+
+        if self.config.packing is None:
+            return [named(i) for i in rows]
+        return [" + ".join(map(named, row)) for row in rows]
+
     def describe(self) -> str:
         """One line: clips, buckets, what was left out."""
         if self.config.packing is not None:
@@ -282,8 +295,9 @@ class Pipeline:
         shapes, expected = self.assignment.shapes, self.assignment.expected
         plain = not self.cached and self.config.buckets is None
         names = ["x".join(map(str, shape[1:] if plain else shape)) for shape in shapes]
-        counts = ", ".join(f"{expected[i]:g} in {names[i]}" for i in self.assignment.used)
-        short = f"; {self.left_out} too short for a clip" if self.left_out else ""
+        counts = ", ".join(f"{round(expected[i])} in {names[i]}" for i in self.assignment.used)
+        why = "too short for a clip" if plain else "too small or short for every bucket"
+        short = f"; {self.left_out} {why}" if self.left_out else ""
         return f"{self.dataset.directory}: {counts}{short}"
 
     def shapes(self) -> list[dict[str, jax.ShapeDtypeStruct]]:
@@ -364,7 +378,7 @@ class Pipeline:
         )
 
 
-def _split(sources: np.ndarray, fraction: float, split: str) -> np.ndarray:
+def in_split(sources: np.ndarray, fraction: float, split: str) -> np.ndarray:
     """Which records belong to the split: whole source videos, in the order of their names' hashes.
 
     So videos and the latents made of them are split alike.

@@ -153,6 +153,7 @@ class Discriminator(nnx.Module):
         # In float32: bfloat16 keeps 3 digits of a logit, and LeCAM compares logits.
         self.logit = nnx.Linear(width, 1, dtype=jnp.float32, rngs=rngs)
 
+    @jax.named_scope("discriminator")
     def __call__(self, x: jax.Array, layout: Layout = Layout()) -> jax.Array:  # noqa: B008
         """Logits of clips.
 

@@ -58,6 +58,7 @@ class ByteEncoder(nnx.Module):
         self.layers = nnx.List([_Layer(config, rngs) for _ in range(config.num_layers)])
         self.norm = Affine(config.width, rngs)
 
+    @jax.named_scope("text")
     def __call__(self, text: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Encodes.
 

@@ -64,6 +64,10 @@ class Task(abc.ABC):
         del workdir, datasets
         return {}
 
+    def stand_in(self) -> PyTree:
+        """ShapeDtypeStructs of what `prepare` would load, without any file or dataset."""
+        return {}
+
     def keep(self, frozen: PyTree, workdir: str) -> None:
         """Puts what `prepare` gave into the workdir, once the run can start, where it must stay."""
         del frozen, workdir
@@ -132,6 +136,13 @@ def to_uint8(pixels: np.ndarray | jax.Array) -> np.ndarray:
     """float pixels in [-1, 1] (values outside are clipped) to uint8, on the host."""
     pixels = np.asarray(pixels, np.float32)
     return np.clip(np.rint((pixels + 1.0) * 127.5), 0, 255).astype(np.uint8)
+
+
+def shrink(video: jax.Array, factor: tuple[int, int, int]) -> jax.Array:
+    """Pixels (B, T, H, W, 3) averaged over blocks of (fh, fw)."""
+    b, t, h, w, c = video.shape
+    _, fh, fw = factor
+    return video.reshape(b, t, h // fh, fh, w // fw, fw, c).mean((3, 5))
 
 
 def images_of(batch: Batch) -> Batch:

@@ -10,6 +10,7 @@ from walt_jax.data.records import Dataset
 from walt_jax.diffusion import Constant, Ddim, Diffusion, Sampler, Scale, guide, standard_normal
 from walt_jax.errors import UserError
 from walt_jax.models import Conditions, Denoiser, DenoiserConfig, Network
+from walt_jax.models.named import TOKENIZERS
 from walt_jax.models.text import ByteEncoder, ByteEncoderConfig
 from walt_jax.models.tokenizer.frozen import FrozenTokenizer
 from walt_jax.parallel import Layout
@@ -22,6 +23,7 @@ from walt_jax.tasks.base import (
     fold,
     images_of,
     sample_keys,
+    shrink,
     to_unit,
     uniform,
 )
@@ -131,6 +133,14 @@ class DenoiserTask(Task, name="denoiser"):
         for dataset in datasets:
             self._check(dataset, tokenizer)
         return tokenizer
+
+    def stand_in(self) -> FrozenTokenizer:
+        """Of W.A.L.T's tokenizer: which one a run has is known where its folder is."""
+        images = "-2d" if self.model.grid[0] == 1 else ""
+        published = TOKENIZERS[f"tokenizer-walt{images}"]
+        return FrozenTokenizer.abstract(
+            dataclasses.replace(published, latent_channels=self.model.latent_channels)
+        )
 
     def keep(self, frozen: FrozenTokenizer, workdir: str) -> None:
         keep_tokenizer(frozen, workdir)
@@ -326,7 +336,7 @@ class DenoiserTask(Task, name="denoiser"):
         if model.given != "none" and x0.shape[1] == model.grid[0]:  # no image beside videos
             given, mask = x0, draw_masks(self.given, fold(keys, 4), x0.shape[1:4])
         if model.upsampling is not None:
-            small = _shrink(to_unit(batch["video"]), model.upsampling)
+            small = shrink(to_unit(batch["video"]), model.upsampling)
             low = jax.lax.stop_gradient(frozen.encode(small, layout))
         return x0, Wanted(
             label=batch["label"] if model.num_classes else None,
@@ -395,10 +405,3 @@ class DenoiserTask(Task, name="denoiser"):
 
 def _denoiser(params: PyTree) -> PyTree:
     return {name: value for name, value in params.items() if name != TEXT}
-
-
-def _shrink(video: jax.Array, factor: tuple[int, int, int]) -> jax.Array:
-    """Pixels (B, T, H, W, 3) averaged over blocks of (fh, fw)."""
-    b, t, h, w, c = video.shape
-    _, fh, fw = factor
-    return video.reshape(b, t, h // fh, fh, w // fw, fw, c).mean((3, 5))

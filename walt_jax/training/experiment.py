@@ -4,9 +4,14 @@ import dataclasses
 
 from walt_jax.data.pipeline import DataConfig
 from walt_jax.errors import UserError
+from walt_jax.evaluation.evaluators import Evaluator
 from walt_jax.parallel import MeshConfig
 from walt_jax.tasks import Task
+from walt_jax.training.guard import GuardConfig
 from walt_jax.training.optimizers import OptimizerConfig
+from walt_jax.training.profiling import ProfileConfig
+
+_MAY_BE_0 = ("preview_every", "image_batch_size", "keep_checkpoint_every")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,9 +31,14 @@ class Experiment:
       log_every: updates between two lines of the log.
       eval_every: updates between two evaluations on held-out clips; also at the first and last.
       eval_batches: batches of an evaluation.
+      evaluators: scores of samples or reconstructions, each every so many updates and at the last;
+        see docs/scores.md.
       preview_every: updates between two sets of videos in TensorBoard; 0 turns them off.
       checkpoint_every: updates between two checkpoints; also at the last.
       keep_checkpoints: the newest ones kept.
+      keep_checkpoint_every: those of steps that it divides are kept too; 0 is none.
+      guard: what is done about losses that are not finite or jump, and about hangs.
+      profile: a window of steps that is profiled.
     """
 
     task: Task
@@ -43,13 +53,17 @@ class Experiment:
     log_every: int = 100
     eval_every: int = 1000
     eval_batches: int = 4
+    evaluators: tuple[Evaluator, ...] = ()
     preview_every: int = 0
     checkpoint_every: int = 1000
     keep_checkpoints: int = 2
+    keep_checkpoint_every: int = 0
+    guard: GuardConfig = GuardConfig()
+    profile: ProfileConfig = ProfileConfig()
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            least = 0 if field.name in ("preview_every", "image_batch_size") else 1
+            least = 0 if field.name in _MAY_BE_0 else 1
             value = getattr(self, field.name)
             if isinstance(value, int) and field.name != "seed" and value < least:
                 raise UserError(f"config.{field.name} must be at least {least}, got {value}.")
@@ -61,6 +75,11 @@ class Experiment:
             raise UserError(
                 f"config.images.num_frames must be 1, got {self.images.num_frames}: images are "
                 "clips of one frame."
+            )
+        if self.images is not None and self.data.packing is not None:
+            raise UserError(
+                "config.data.packing packs images with the videos: put their latents into the same "
+                "dataset and set config.images to None."
             )
         if not 0 <= self.seed < 2**32:
             raise UserError(f"config.seed must lie in [0, 2**32), got {self.seed}.")

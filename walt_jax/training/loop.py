@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import json
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,20 +18,28 @@ from walt_jax import config as config_lib
 from walt_jax.data.joint import Joint
 from walt_jax.data.pipeline import Pipeline
 from walt_jax.data.records import Dataset, open_dataset
-from walt_jax.errors import UserError
+from walt_jax.errors import Preempted, UserError
+from walt_jax.evaluation.inline import Inline
 from walt_jax.parallel import describe, make_mesh
 from walt_jax.parallel.sharding import batch_sharding, place, replicated
 from walt_jax.tasks import to_uint8
 from walt_jax.training import metrics as metrics_lib
-from walt_jax.training.checkpoints import Checkpoints, Progress
+from walt_jax.training.checkpoints import Checkpoints
 from walt_jax.training.experiment import Experiment
+from walt_jax.training.goodput import Goodput
+from walt_jax.training.guard import Diverged, Guard
+from walt_jax.training.log import Log
+from walt_jax.training.preemption import Preemption
+from walt_jax.training.profiling import Profiler
 from walt_jax.training.program import Program
+from walt_jax.training.progress import Progress
 from walt_jax.training.state import TrainState
+from walt_jax.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 PyTree = Any
-DATASET = "dataset.json"
 SHARDINGS = "shardings.txt"
+_MAY_CHANGE = ("mesh", "guard", "profile")  # of a config, from one start to the next
 Shape = tuple[tuple[str, tuple[int, ...]], ...]
 
 
@@ -52,17 +59,23 @@ def train(
     4. The state is restored from the newest checkpoint, or drawn from the seed.
     5. Steps. Metrics are read one step late, so that the devices never wait for the host.
        Checkpoints are taken between two steps, before the next batch is asked for.
+    6. A step that diverged ends the run or takes it back to a checkpoint, as `config.guard` says;
+       told to leave, all processes save after the same step.
 
     Raises:
       UserError: bad input, or a loss that is not finite (the sentence names the step).
+      Preempted: the run was told to leave, and has saved.
     """
     first = jax.process_index() == 0
-    claim = functools.partial(config_lib.claim_workdir, workdir, experiment, replace=replace_config)
+    claim = functools.partial(
+        config_lib.claim_workdir, workdir, experiment, replace=replace_config, free=_MAY_CHANGE
+    )
     claim(write=False)
     mesh = make_mesh(experiment.mesh)
     with jax.set_mesh(mesh):
         run = _Run(experiment, workdir, mesh, quiet=quiet or not first)
-        with Checkpoints(workdir, keep=experiment.keep_checkpoints) as checkpoints:
+        keep = {"keep": experiment.keep_checkpoints, "keep_every": experiment.keep_checkpoint_every}
+        with Checkpoints(workdir, **keep) as checkpoints:
             return run.steps(checkpoints, functools.partial(claim, write=first))
 
 
@@ -73,6 +86,8 @@ class _Run:
         self, experiment: Experiment, workdir: str | Path, mesh: Mesh, *, quiet: bool
     ) -> None:
         self.experiment, self.workdir, self.mesh, self.quiet = experiment, workdir, mesh, quiet
+        self.goodput = Goodput(workdir, writes=jax.process_index() == 0)
+        self.watchdog = Watchdog(experiment.guard.hang_seconds)
         self.program = Program(experiment, mesh)
         self.task, self.layout = self.program.task, self.program.layout
         self.batch_sharding = batch_sharding(mesh)
@@ -89,13 +104,20 @@ class _Run:
         few = dataclasses.replace(experiment.data, num_workers=0)
         split = "eval" if experiment.data.eval_fraction else "train"
         self.eval_data = make(few, seed=0, split=split, shuffle=False)
+        self.dataset = dataset
         self.say(f"data: {self.data.describe()}")
         self.prepared = self.task.prepare(str(workdir), *datasets)
         self.frozen = place(self.prepared, jax.tree.map(lambda _: replicated(mesh), self.prepared))
         self.key = place(np.asarray(experiment.seed, np.uint32), replicated(mesh))
+        about = _about(dataset, experiment.data.fps)
+        self.score = Inline(
+            experiment, workdir, mesh, self.frozen, about, quiet=quiet, beat=self.watchdog.alive
+        )
         if jax.process_index() == 0:
             epath.Path(workdir).mkdir(parents=True, exist_ok=True)
-            _write_about(epath.Path(workdir), dataset, experiment.data.fps)
+            (epath.Path(workdir) / config_lib.DATASET).write_text(
+                json.dumps(about, indent=2) + "\n"
+            )
             lines = describe(self.program.shardings.params, self.program.abstract.params)
             (epath.Path(workdir) / SHARDINGS).write_text("\n".join(lines) + "\n")
 
@@ -105,23 +127,32 @@ class _Run:
             logger.info(text)
 
     def initial(self, checkpoints: Checkpoints) -> tuple[TrainState, Progress]:
-        """Restores the newest checkpoint, or draws a fresh state."""
-        if checkpoints.latest is not None:
-            self.say(f"goes on from step {checkpoints.latest}")
-            return checkpoints.restore(self.program.abstract)
-        total = sum(x.size for x in jax.tree.leaves(self.program.abstract.params))
-        shape = " x ".join(f"{axis} {n}" for axis, n in self.mesh.shape.items())
-        self.say(f"{total:,} parameters on {shape} (how they lie: {self.workdir}/{SHARDINGS})")
-        return self.program.create(self.key), Progress()
+        """Restores the newest checkpoint that is whole, or draws a fresh state."""
+        ours = {
+            "seed": self.experiment.seed,
+            "rng": jax.config.jax_default_prng_impl,
+            "fingerprint": self.dataset.fingerprint,
+        }
+        if checkpoints.latest is None:
+            return self.program.create(self.key), Progress(**ours)
+        state, progress = checkpoints.restore(self.program.abstract)
+        self.say(f"goes on from step {progress.step}")
+        for name, value in ours.items():
+            if (was := getattr(progress, name)) != value:
+                self.say(f"{name} was {was}, now {value}: the run goes on, but not bit for bit")
+                setattr(progress, name, value)
+        return state, progress
 
     def compile_steps(self) -> dict[Shape, tuple[Any, float]]:
         """The training step of every bucket: shapes -> (executable, model FLOPs)."""
+        self.goodput.to("compile")
         compiled = {}
         for shapes in self.data.shapes():
             began = time.monotonic()
             executable = self.program.lower(self.frozen, shapes).compile()
             compiled[_shape(shapes)] = executable, self.program.flops(self.frozen, shapes)
             self.say(f"compiled {_shape(shapes)[-1]} in {time.monotonic() - began:.0f} s")
+        self.goodput.to("start")
         return compiled
 
     def steps(self, checkpoints: Checkpoints, claim: Callable[[], None]) -> dict[str, float]:
@@ -131,43 +162,120 @@ class _Run:
         """
         experiment = self.experiment
         state, progress = self.initial(checkpoints)
-        if progress.next_batch >= experiment.num_steps:
+        if progress.step:
+            self.goodput.resume(progress.spent, progress.saved_at)
+        else:
+            total = sum(x.size for x in jax.tree.leaves(self.program.abstract.params))
+            shape = " x ".join(f"{axis} {n}" for axis, n in self.mesh.shape.items())
+            self.say(f"{total:,} parameters on {shape} (how they lie: {self.workdir}/{SHARDINGS})")
+        if progress.step >= experiment.num_steps:
             claim()
             self.say(f"all {experiment.num_steps} steps are done; config.num_steps adds more")
-            return self.evaluate(state, progress.next_batch, None)
-        compiled = self.compile_steps()
+            return self.evaluate(state, progress.step, None)
+        self.score.prepare(state)
+        self.compiled = self.compile_steps()
         claim()
         self.task.keep(self.prepared, str(self.workdir))
-        writer = metrics_lib.make_writer(self.workdir) if jax.process_index() == 0 else None
-        log = _Log(self, progress, writer)
-        first = progress.next_batch
-        evaluation = self.evaluate(state, first, writer) if first == 0 else {}
-        batches = self.data.on_devices(self.batch_sharding, first)
+        self.writer = metrics_lib.make_writer(self.workdir) if jax.process_index() == 0 else None
+        with (
+            Preemption() as self.preemption,
+            self.watchdog,
+            Profiler(experiment.profile, self.workdir) as self.profiler,
+        ):
+            try:
+                while True:
+                    try:
+                        return self.stretch(state, progress, checkpoints)
+                    except Diverged as fault:
+                        del state
+                        fault.__traceback__ = None  # its frames hold the state too
+                        state, progress = self.roll_back(fault, progress, checkpoints)
+            finally:
+                self.say(self.goodput.describe())
+                metrics_lib.close(self.writer)
+
+    def stretch(
+        self, state: TrainState, progress: Progress, checkpoints: Checkpoints
+    ) -> dict[str, float]:
+        """The steps that are left, all on one line of history; the last evaluation's metrics.
+
+        Raises:
+          Diverged: a step is not accepted; `progress` tells how far it came.
+          Preempted: the run was told to leave, and has saved.
+        """
+        experiment, goodput = self.experiment, self.goodput
+        guard = Guard(experiment.guard, self.data, list(progress.losses))
+        log = Log(experiment, progress, guard, goodput, self.data, self.writer, quiet=self.quiet)
+        evaluation = {} if progress.step else self.evaluate(state, 0, self.writer)
+        first, left_out = progress.next_batch, frozenset(progress.left_out)
+        batches = enumerate(self.data.on_devices(self.batch_sharding, first), first)
+        batches = (pair for pair in batches if pair[0] not in left_out)
         with jax.transfer_guard("disallow"):
-            for step in range(first, experiment.num_steps):
-                batch = log.waited_for(batches)
-                executable, flops = compiled.get(_shape(batch), (None, 0.0))
+            while (done := progress.step) < experiment.num_steps:
+                self.profiler.step(done, state)
+                self.watch("data", done)
+                number, batch = next(batches)
+                self.watch("step", done)
+                executable, flops = self.compiled.get(_shape(batch), (None, 0.0))
                 if executable is None:
                     raise UserError(
-                        f"Batch {step} has the new shape {_shape(batch)}: every shape is compiled "
-                        "before the first step, so this dataset changed under the run."
+                        f"Batch {number} has the new shape {_shape(batch)}: every shape is "
+                        "compiled before the first step, so this dataset changed under the run."
                     )
                 state, metrics = executable(state, self.frozen, batch, self.key)
-                log.add(step + 1, metrics, flops)
-                done, last = step + 1, step + 1 == experiment.num_steps
+                log.add(number, metrics, flops)
+                done, last = progress.step, progress.step == experiment.num_steps
                 if last or done % experiment.eval_every == 0:
                     log.flush()
-                    evaluation = self.evaluate(state, done, writer)
-                if experiment.preview_every and (last or done % experiment.preview_every == 0):
-                    self.preview(state, done, writer)
-                if last or done % experiment.checkpoint_every == 0:
+                    evaluation = self.evaluate(state, done, self.writer)
+                if self.score.due(done):
                     log.flush()
+                    self.watch("evaluation", done)
+                    evaluation = evaluation | self.score(state, done, self.writer)
+                if experiment.preview_every and (last or done % experiment.preview_every == 0):
+                    self.preview(state, done, self.writer)
+                leaves = self.preemption.reached(done) and not last
+                if last or leaves or done % experiment.checkpoint_every == 0:
+                    log.flush()
+                    self.watch("checkpoint", done)
                     state = self.described(state)
-                    checkpoints.save(state, log.progress)
-        if writer is not None:
-            writer.flush()
-            writer.close()
+                    checkpoints.save(state, log.record())
+                if leaves:
+                    checkpoints.finish()
+                    raise Preempted(
+                        f"told to leave: step {done} is saved, the same command goes on"
+                    )
+            self.watch("checkpoint", done)
+            checkpoints.finish()
         return evaluation
+
+    def watch(self, kind: str, done: int) -> None:
+        """What comes next is `kind` of goodput, and the watchdog's time starts again."""
+        self.goodput.to(kind)
+        self.watchdog.beat(done, kind)
+
+    def roll_back(
+        self, fault: Diverged, reached: Progress, checkpoints: Checkpoints
+    ) -> tuple[TrainState, Progress]:
+        """The newest checkpoint's state, without the batches that led away from it.
+
+        Raises:
+          Diverged: the policy is to stop, or it was done too often.
+        """
+        guard = self.experiment.guard
+        if not fault.rolls_back or reached.rollbacks >= guard.max_rollbacks:
+            raise fault
+        checkpoints.finish()
+        state, progress = self.initial(checkpoints)
+        left_out = range(fault.batch, fault.batch + guard.left_out)
+        progress.left_out = sorted({*progress.left_out, *reached.left_out, *left_out})
+        progress.rollbacks = reached.rollbacks + 1
+        self.goodput.roll_back(progress.spent)
+        self.say(
+            f"{fault}: back to step {progress.step}, on without batches {left_out.start} to "
+            f"{left_out.stop - 1}"
+        )
+        return state, progress
 
     @functools.cached_property
     def _evaluate(self) -> Any:
@@ -206,6 +314,7 @@ class _Run:
         """Mean metrics of the moving average on the same held-out clips at every call."""
         if not self.experiment.data.eval_fraction:
             return {}
+        self.watch("evaluation", step)
         batches = self._held_out()
         rows = [
             jax.device_get(self._evaluate(state, self.frozen, next(batches)))
@@ -227,103 +336,19 @@ class _Run:
 
     def preview(self, state: TrainState, step: int, writer: Any) -> None:
         """Writes videos of the moving average to TensorBoard."""
+        self.watch("evaluation", step)
         videos = jax.device_get(self._preview(state, self.frozen, next(self._held_out())))
         if writer is not None:
             writer.write_videos(step, {"preview": to_uint8(videos[:8])})
 
 
-class _Log:
-    """Reads metrics one step late, checks them, averages them over a window, counts the work."""
-
-    def __init__(self, run: _Run, progress: Progress, writer: Any) -> None:
-        self.progress = dataclasses.replace(progress)
-        self._run, self._writer = run, writer
-        self._pending: tuple[int, dict[str, jax.Array]] | None = None
-        self._window: list[dict[str, float]] = []
-        self._clock, self._waited = time.monotonic(), 0.0
-        self._mark = dataclasses.replace(progress)
-        experiment = run.experiment
-        self._line = metrics_lib.ProgressLine(
-            "step", experiment.num_steps, progress.next_batch, enabled=not run.quiet
-        )
-
-    def add(self, step: int, metrics: dict[str, jax.Array], flops: float) -> None:
-        """Takes step's metrics, still being computed, and handles those of the step before."""
-        pending, self._pending = self._pending, (step, metrics)
-        self._read(pending)
-        progress = self.progress
-        now = time.monotonic()
-        seconds, self._clock = now - self._clock, now
-        progress.next_batch = step
-        progress.clips += self._run.data.num_clips(step - 1)
-        progress.seconds += seconds
-        progress.core_seconds += seconds * jax.device_count()
-        progress.flops += flops
-
-    def waited_for(self, batches: Iterator[dict[str, jax.Array]]) -> dict[str, jax.Array]:
-        """The next batch; the time until it is there is the wait for the input."""
-        began = time.monotonic()
-        batch = next(batches)
-        self._waited += time.monotonic() - began
-        return batch
-
-    def flush(self) -> None:
-        """Waits for the newest step and handles its metrics."""
-        pending, self._pending = self._pending, None
-        self._read(pending)
-
-    def _read(self, pending: tuple[int, dict[str, jax.Array]] | None) -> None:
-        if pending is None:
-            return
-        step, metrics = pending
-        values = {k: float(v) for k, v in sorted(jax.device_get(metrics).items())}
-        if not all(map(math.isfinite, values.values())):
-            raise UserError(
-                f"The loss is {values['loss']} at step {step} (gradient norm "
-                f"{values['grad_norm']:.3g}): lower config.optimizer.learning_rate, or look at "
-                f"batch {step - 1}; checkpoints before it are kept."
-            )
-        self._window.append(values)
-        every = self._run.experiment.log_every
-        if step % every and step != self._run.experiment.num_steps:
-            return
-        means = {k: float(np.mean([w[k] for w in self._window])) for k in values}
-        self._window = []
-        rates = self._rates()
-        if self._writer is not None:
-            hours = self.progress.core_seconds / 3600
-            scalars = {f"train/{k}": v for k, v in means.items()}
-            scalars |= {f"speed/{k}": v for k, v in rates.items()}
-            scalars["data/broken_records"] = len(self._run.data.broken)
-            self._writer.write_scalars(step, {**scalars, "speed/core_hours": hours})
-        del means["learning_rate"]
-        self._line(step, rates, {"loss": means["loss"], **means})
-
-    def _rates(self) -> dict[str, float]:
-        now, before = self.progress, self._mark
-        self._mark = dataclasses.replace(now)
-        seconds = max(now.seconds - before.seconds, 1e-9)
-        devices = jax.device_count()
-        rates = {
-            "steps/s": (now.next_batch - before.next_batch) / seconds,
-            "clips/s": (now.clips - before.clips) / seconds,
-            "clips/s/chip": (now.clips - before.clips) / seconds / devices,
-            "input wait": self._waited / seconds,
-        }
-        self._waited = 0.0
-        if peak := metrics_lib.peak_flops(jax.devices()[0].device_kind):
-            rates["MFU"] = (now.flops - before.flops) / seconds / devices / peak
-        return rates
-
-
-def _write_about(workdir: epath.Path, dataset: Dataset, fps: float) -> None:
+def _about(dataset: Dataset, fps: float) -> dict[str, Any]:
     """What sampling needs to know of the data, so that a workdir stands alone."""
-    about = {
+    return {
         "label_names": dataset.label_names,
         "fps": fps or float(np.median(dataset.index["fps"])),
         "fingerprint": dataset.fingerprint,
     }
-    (workdir / DATASET).write_text(json.dumps(about, indent=2) + "\n")
 
 
 def _shape(batch: PyTree) -> Shape:

@@ -1,19 +1,18 @@
 """Where metrics go: TensorBoard, `metrics.jsonl`, and a line with the time left."""
 
-import io
 import json
 import logging
 import sys
 import time
+import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import tensorflow as tf
-from clu import metric_writers
 from etils import epath
-from PIL import Image
+
+if typing.TYPE_CHECKING:
+    from clu import metric_writers
 
 logger = logging.getLogger(__name__)
 METRICS = "metrics.jsonl"
@@ -37,53 +36,24 @@ def peak_flops(device_kind: str) -> float | None:
     return next((v for k, v in _PEAKS.items() if device_kind.startswith(k)), None)
 
 
-class _TensorBoard(metric_writers.SummaryWriter):
-    """clu's writer, which leaves videos out, with videos as GIFs (TensorBoard plays them)."""
-
-    def write_videos(self, step: int, videos: Mapping[str, np.ndarray]) -> None:
-        with self._summary_writer.as_default():
-            for name, video in videos.items():
-                frames = np.concatenate(list(video), axis=1)  # the clips in a column
-                gif = tf.compat.v1.Summary.Image(
-                    height=frames.shape[1],
-                    width=frames.shape[2],
-                    colorspace=3,
-                    encoded_image_string=_gif(frames),
-                )
-                summary = tf.compat.v1.Summary(
-                    value=[tf.compat.v1.Summary.Value(tag=name, image=gif)]
-                )
-                tf.summary.experimental.write_raw_pb(summary.SerializeToString(), step)
-
-
-class _JsonLines(metric_writers.LoggingWriter):
-    """One line of JSON a call, for plots and scripts; scalars only."""
-
-    def __init__(self, path: epath.Path) -> None:
-        super().__init__()
-        self._path = path
-        self._lines = path.read_text() if path.exists() else ""
-
-    def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
-        values = {k: float(v) for k, v in scalars.items()}
-        self._lines += json.dumps({"step": step, **values}) + "\n"
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text(self._lines)  # whole, since gs:// has no appending
-        temporary.replace(self._path)
-
-    def write_videos(self, step: int, videos: Mapping[str, np.ndarray]) -> None:
-        del step, videos
-
-    def flush(self) -> None:
-        pass
-
-
-def make_writer(workdir: str | Path) -> metric_writers.MetricWriter:
+def make_writer(workdir: str | Path) -> "metric_writers.MetricWriter":
     """Writes scalars to TensorBoard and JSON lines, uint8 (N, T, H, W, 3) to TensorBoard."""
-    folder = epath.Path(workdir)
-    return metric_writers.MultiWriter(
-        [_TensorBoard(str(folder / "tensorboard")), _JsonLines(folder / METRICS)]
-    )
+    # clu imports TensorFlow, which takes longer than all else at a start: the one process that
+    # writes imports it.
+    from walt_jax.training import writers
+
+    return writers.make(epath.Path(workdir))
+
+
+def close(writer: "metric_writers.MetricWriter | None") -> None:
+    """Writes out what is left; what ends the run tells more than a failure of this would."""
+    if writer is None:
+        return
+    try:
+        writer.flush()
+        writer.close()
+    except Exception as e:  # TensorFlow's own kinds
+        logger.warning("the last metrics are lost: %s", e)
 
 
 def read_metrics(workdir: str | Path, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -130,12 +100,3 @@ def clock(seconds: float) -> str:
     if seconds >= 3600:
         return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
     return f"{seconds // 60}m{seconds % 60:02d}s" if seconds >= 60 else f"{seconds}s"
-
-
-def _gif(frames: np.ndarray, milliseconds: int = 125) -> bytes:
-    images = [Image.fromarray(f) for f in frames]
-    buffer = io.BytesIO()
-    images[0].save(
-        buffer, "GIF", save_all=True, append_images=images[1:], duration=milliseconds, loop=0
-    )
-    return buffer.getvalue()

@@ -1,12 +1,14 @@
 """Optimizers and learning-rate schedules."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
 import optax
+from optax import contrib
 
 from walt_jax.errors import UserError
 from walt_jax.parallel.sharding import path_of
@@ -19,20 +21,27 @@ class OptimizerConfig:
     """An optimizer with linear warm-up.
 
     Attributes:
-      name: "adamw", or "adafactor", which keeps second moments by rows and columns: a fraction of
-        the memory (1804.04235, without its scaling by the parameters' size).
+      name: "adamw"; "adafactor", which keeps second moments by rows and columns: a fraction of
+        the memory (1804.04235, without its scaling by the parameters' size); or "muon", which
+        orthogonalises the momentum of kernels and leaves the rest to Adam, at AdamW's learning
+        rates (its updates have an RMS of 0.2, 2502.16982 section 2.2).
       learning_rate: the peak.
       warmup_steps: steps of the linear rise to the peak.
       schedule: after that, "cosine" decay to 0 or "constant".
-      b1, b2: moment decays; with b1 = 0 adafactor keeps no first moment, and it has its own b2.
+      b1, b2: moment decays; with b1 = 0 adafactor keeps no first moment, and it has its own b2;
+        muon's momentum decays by 0.95.
       weight_decay: decoupled, on matrices and convolutions only.
       grad_clip: largest global norm of a gradient; 0 turns clipping off.
       ema_decay: decay of the parameters' moving average; 0 is none.
+      accumulate: parts that a batch is cut into, one after the other: the activations of one are
+        in memory at a time, the update is of their mean gradient. Noise is drawn for each part.
+      grad_dtype: of gradients between the backward pass and the optimizer, and of their sum where
+        they are accumulated. The optimizer computes in float32.
       frozen: regular expressions; parameters in whose paths one is found stay as they are
         (a run's `shardings.txt` lists the paths).
     """
 
-    name: Literal["adamw", "adafactor"] = "adamw"
+    name: Literal["adamw", "adafactor", "muon"] = "adamw"
     learning_rate: float = 5e-4
     warmup_steps: int = 1000
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -41,9 +50,15 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     grad_clip: float = 1.0
     ema_decay: float = 0.9999
+    accumulate: int = 1
+    grad_dtype: Literal["float32", "bfloat16"] = "float32"
     frozen: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.accumulate < 1:
+            raise UserError(
+                f"config.optimizer.accumulate must be at least 1, got {self.accumulate}."
+            )
         for pattern in self.frozen:
             try:
                 re.compile(pattern)
@@ -127,7 +142,38 @@ def make_optimizer(
 
 
 def _direction(config: OptimizerConfig) -> list[optax.GradientTransformation]:
+    adam = optax.scale_by_adam(config.b1, config.b2)
     if config.name == "adamw":
-        return [optax.scale_by_adam(config.b1, config.b2)]
+        return [adam]
+    if config.name == "muon":
+        muon = optax.chain(
+            contrib.scale_by_muon(weight_dimension_numbers=_matrices),
+            optax.stateless(lambda updates, _: jax.tree.map(_like_adam, updates)),
+        )
+        return [optax.partition({"muon": muon, "adam": adam}, _by_muon)]
     momentum = [optax.ema(config.b1, debias=True)] if config.b1 else []
     return [optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), *momentum]
+
+
+def _by_muon(params: Any) -> Any:
+    """Which transformation takes each leaf: kernels have rows and columns."""
+
+    def one(path: Any, x: Any) -> str:
+        return "muon" if path_of(path).endswith("kernel") and x.ndim >= 2 else "adam"
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def _rows(x: Any) -> tuple[int, ...]:
+    """Input axes of a kernel (in, out), (layer, in, out), or a convolution's (taps..., in, out)."""
+    return tuple(range(x.ndim - 1)) if x.ndim > 3 else (x.ndim - 2,)
+
+
+def _matrices(params: Any) -> Any:
+    return jax.tree.map(lambda x: contrib.MuonDimensionNumbers(_rows(x), (x.ndim - 1,)), params)
+
+
+def _like_adam(update: jax.Array) -> jax.Array:
+    """An orthogonal matrix, or several, with Adam's usual RMS."""
+    inputs = math.prod(update.shape[axis] for axis in _rows(update))
+    return update * (0.2 * max(inputs, update.shape[-1]) ** 0.5)

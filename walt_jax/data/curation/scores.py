@@ -303,9 +303,9 @@ def _session(file: ModelFile) -> Any:
 
 
 def _local(file: ModelFile) -> Path:
-    from walt_jax.weights import weights_file  # with JAX, which most workers do not need
+    from walt_jax.weights import read_file  # with JAX, which most workers do not need
 
-    return weights_file(file.source, file.sha256)
+    return Path(read_file(file.source, file.sha256)[0])
 
 
 def _tokenizer(config: ClipModel) -> Any:

@@ -18,7 +18,7 @@ from walt_jax.models.denoiser.layers import (
     layer_norm,
     linear,
     modulate,
-    over_grid,
+    over,
 )
 from walt_jax.models.denoiser.packing import Packing
 from walt_jax.parallel import Layout
@@ -45,11 +45,9 @@ class Context:
     image: bool = False
     packing: Packing | None = None
 
-    def over_grid(self, vectors: jax.Array) -> jax.Array:
-        """Vectors (B, D), or (B, S, D) of packed videos, to multiply the tokens (B, T, H, W, D)."""
-        if self.packing is not None:
-            return self.packing.over_grid(vectors)
-        return over_grid(vectors)
+    def over(self, x: jax.Array, vectors: jax.Array) -> jax.Array:
+        """Vectors (B, D), or (B, S, D) of packed videos, to multiply tokens x (B, T, H, W, D)."""
+        return over(x, vectors) if self.packing is None else self.packing.over_grid(vectors)
 
 
 def num_vectors(config: DenoiserConfig) -> int:
@@ -179,14 +177,18 @@ class Layer(nnx.Module):
                 norm = _as_it_is
             else:
                 norm, gate = next(branches)
-            x = x + gate(attention(norm(x), layout, **seen))
+            with jax.named_scope("attention"):
+                x = x + gate(attention(norm(x), layout, **seen))
         if self.cross is not None:
             plain = layer_norm if cross.norm == "plain" else _as_it_is
             norm, gate = next(branches) if cross.norm == "modulated" else (plain, _as_it_is)
             memory = context.memory_BMD, context.memory_mask_BM
-            x = x + gate(self.cross(norm(x), *memory, layout, **seen))
+            with jax.named_scope("cross_attention"):
+                x = x + gate(self.cross(norm(x), *memory, layout, **seen))
         norm, gate = next(branches)
-        return x + gate(self.down(gelu(checkpoint_name(self.up(norm(x)), "up"))))
+        with jax.named_scope("mlp"):
+            h = gelu(checkpoint_name(self.up(norm(x)), "up"))
+            return x + gate(checkpoint_name(self.down(h), "down"))
 
     def _branches(
         self, context: Context, dtype: jnp.dtype
@@ -196,16 +198,17 @@ class Layer(nnx.Module):
             for norm in self.norms:
                 yield norm, _as_it_is
             return
-        vectors = self.modulation(context).astype(dtype)
+        with jax.named_scope("modulation"):
+            vectors = self.modulation(context).astype(dtype)
         vectors = iter(jnp.split(vectors, num_vectors(self.config), axis=-1))
         for shift in vectors:
             scale = next(vectors)
             gate = None if self.config.conditioning == "adaln" else next(vectors)
             yield (
                 lambda x, vectors=(shift, scale): modulate(
-                    layer_norm(x), *map(context.over_grid, vectors)
+                    layer_norm(x), *(context.over(x, v) for v in vectors)
                 ),
-                _as_it_is if gate is None else lambda y, gate=gate: context.over_grid(gate) * y,
+                _as_it_is if gate is None else lambda y, gate=gate: context.over(y, gate) * y,
             )
 
 

@@ -137,7 +137,7 @@ class DenoiserConfig:
     learned_sigma: bool = False
     attention: Literal[IMPLEMENTATIONS] | None = None
     remat: bool = True
-    kept: tuple[Literal["qkv", "attention", "up"], ...] = ()
+    kept: tuple[Literal["qkv", "attention", "up", "down"], ...] = ()
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
 
     def __post_init__(self) -> None:

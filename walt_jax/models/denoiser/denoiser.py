@@ -124,22 +124,25 @@ class Denoiser(nnx.Module):
           UserError: latents of another shape, a condition that is lacking or that the network was
             not built for.
         """
-        if packing is None:
-            check(self.config, conditions, z)
-            inputs = self.embed.channels(z, conditions)
-        else:
-            check_packed(self.config, z, conditions, packing)
-            inputs = to_row(self.embed.channels(z, conditions))
-        patches = patchify(inputs, self.config.patch_size)
-        x = self._add_positions(self.patch_in(patches), packing)
-        b, frames, rows, columns, _ = x.shape
-        x, context = self._tell(x, z, t, conditions, packing)
+        with jax.named_scope("embed"):
+            if packing is None:
+                check(self.config, conditions, z)
+                inputs = self.embed.channels(z, conditions)
+            else:
+                check_packed(self.config, z, conditions, packing)
+                inputs = to_row(self.embed.channels(z, conditions))
+            patches = patchify(inputs, self.config.patch_size)
+            x = self._add_positions(self.patch_in(patches), packing)
+            b, frames, rows, columns, _ = x.shape
+            x, context = self._tell(x, z, t, conditions, packing)
         x = self._layers(layout.tokens(x), context, layout)
         if self.config.conditioning == "in_context":
             x = x[:, -frames * rows * columns :].reshape(b, frames, rows, columns, -1)
-        out = self._read_out(x[:, :frames], context)
+        with jax.named_scope("read_out"):
+            out = self._read_out(x[:, :frames], context)
         return out if packing is None else from_row(out, z.shape[1])
 
+    @jax.named_scope("upsample")
     def upsample(self, low: jax.Array) -> jax.Array:
         """Low-resolution latents (B, T, h, w, C) on the grid, by convolution and depth to space.
 
@@ -147,6 +150,7 @@ class Denoiser(nnx.Module):
         """
         return depth_to_space(_by_frame(self.conv_up, low), self.config.upsampling)
 
+    @jax.named_scope("embed")
     def _tell(
         self,
         x: jax.Array,
@@ -184,7 +188,7 @@ class Denoiser(nnx.Module):
             memory.append((tokens, None))
         if config.conditioning == "added":
             where = Context(condition, packing=packing)
-            x = x + where.over_grid(condition).astype(x.dtype)
+            x = x + where.over(x, condition.astype(x.dtype))
         if config.conditioning == "in_context":
             if self.token_embedding is not None:
                 tokens = tokens + self.token_embedding[...]
@@ -216,6 +220,7 @@ class Denoiser(nnx.Module):
             places = places + jnp.asarray(sincos(np.arange(frames), width))[:, None, None]
         return x + places.astype(x.dtype)
 
+    @jax.named_scope("layers")
     def _layers(self, x: jax.Array, context: Context, layout: Layout) -> jax.Array:
         skips = None
         for stage, module in zip(self.config.stages, self.stages):
@@ -260,7 +265,7 @@ class Denoiser(nnx.Module):
             else:
                 vectors = self.adaln_out(nnx.silu(condition))
             vectors = jnp.split(vectors, 2, axis=-1)
-            x = modulate(layer_norm(x), *map(context.over_grid, vectors))
+            x = modulate(layer_norm(x), *(context.over(x, v) for v in vectors))
         out = unpatchify(self.patch_out(x), self.config.patch_size)
         return out if self.conv_out is None else _by_frame(self.conv_out, out)
 

@@ -86,8 +86,14 @@ class Packing:
 
         Where windows span blocks, their tokens are spread over the row's width.
         """
-        t, h, w = (n if n and size % n == 0 else 0 for n, size in zip(window, self.block))
-        return (t, h, w if self.holds(window) else 0)
+        if self.holds(window):
+            return window
+        # An axis of one token has no windows, also where `to_frame` made rows of it.
+        t, h = (
+            n if n and size > 1 and size % n == 0 else 0
+            for n, size in zip(window[:2], self.block[:2])
+        )
+        return (t, h, 0)
 
     def window_ids(self, window: Window) -> jax.Array:
         """Numbers that a row's tokens share if they share a window of their video.
@@ -109,6 +115,15 @@ class Packing:
             ids = ids * most + number.reshape(*number.shape[:2], *shape)
         ids = jnp.where(self.segments[..., None, None, None] < 0, -1, ids)
         return to_row(jnp.broadcast_to(ids, (*self.segments.shape, *self.block)))
+
+
+def to_frame(row: jax.Array) -> jax.Array:
+    """A row of single tokens (B, 1, 1, N, ...) as a frame of 8 rows, where 8 divides it.
+
+    Attention over the whole does not notice, and TPU kernels take frames, not lines.
+    """
+    b, t, h, n, *rest = row.shape
+    return row.reshape(b, 1, 8, n // 8, *rest) if t == h == 1 and n % 8 == 0 else row
 
 
 def whole(tokens: Window) -> Packing:

@@ -145,6 +145,7 @@ class ResBlock(nnx.Module):
             else CausalConv(features_in, features, (1, 1, 1), **options)
         )
 
+    @jax.named_scope("res_block")
     def __call__(self, x: jax.Array, run: Whole) -> jax.Array:
         y = run.convolve(self.conv1, x, self.norm1)
         shortcut = x if self.shortcut is None else run.convolve(self.shortcut, x)
@@ -176,6 +177,7 @@ class Encoder(nnx.Module):
         features = config.quantizer.encoder_channels(config.latent_channels)
         self.conv_out = CausalConv(width, features, (1, 1, 1), use_bias=True, **options)
 
+    @jax.named_scope("encoder")
     def __call__(self, x: jax.Array, run: Whole) -> jax.Array:
         x = run.convolve(self.conv_in, x)
         for stage in self.stages:
@@ -209,6 +211,7 @@ class Level(nnx.Module):
             CausalConv(width, enlarged, (taps, 3, 3), use_bias=True, **options) if level else None
         )
 
+    @jax.named_scope("level")
     def __call__(self, x: jax.Array, z: jax.Array, run: Whole) -> jax.Array:
         x = run.normalise(self.norm, x, z)
         for block in self.blocks:
@@ -241,6 +244,7 @@ class Decoder(nnx.Module):
         self.norm_out = GroupNorm(width, groups)
         self.conv_out = CausalConv(width, 3, (taps, 3, 3), use_bias=True, **options)
 
+    @jax.named_scope("decoder")
     def __call__(self, z: jax.Array, run: Whole) -> jax.Array:
         x = run.convolve(self.conv_in, z)
         for block in self.blocks:

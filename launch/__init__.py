@@ -1,0 +1,1 @@
+"""Running a job elsewhere: one command a target, each with `--dry_run`."""
