@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 from test_pipeline import assert_equal, make, video_record, write_latents, write_videos
 
+from walt_jax import cli
+from walt_jax import config as config_lib
+from walt_jax.data import dry_run
 from walt_jax.data.packing import (
     DropConfig,
     Packed,
@@ -17,6 +20,7 @@ from walt_jax.data.packing import (
     fill_row,
 )
 from walt_jax.errors import UserError
+from walt_jax.training.experiment import Experiment
 
 CONFIG = PackingConfig(block=(2, 4, 4), blocks=12, videos=4)
 SHAPES = ((2, 4, 4, 8), (5, 8, 8, 8), (2, 9, 8, 8), (4, 4, 10, 8), (1, 8, 8, 8), (2, 16, 16, 8))
@@ -187,3 +191,24 @@ def test_videos_are_not_packed(tmp_path):
 def test_nothing_fits(dataset):
     with pytest.raises(UserError, match=r"60 of 60 are smaller than a block.*packing\.block"):
         packed(dataset, config=PackingConfig((16, 4, 4)))
+
+
+def test_images_beside_packed_videos_are_refused():
+    values = config_lib.load("configs/walt_any_size.py:debug")
+    values["images"] = {"path": "out/images", "num_frames": 1}
+    with pytest.raises(UserError, match="put their latents into the same dataset"):
+        config_lib.build(Experiment, values | {"image_batch_size": 8})
+
+
+def test_buckets_and_packing_exclude_each_other():
+    values = config_lib.load("configs/walt_any_size.py:buckets", ["data.packing.blocks=4"])
+    with pytest.raises(UserError, match="set one of them to None"):
+        config_lib.build(Experiment, values)
+
+
+def test_the_dry_run_says_what_packing_does(dataset, capsys, monkeypatch):
+    arguments = ["--data", str(dataset.directory), "--config", "configs/walt_any_size.py:debug"]
+    monkeypatch.setattr("sys.argv", ["buckets", *arguments, "--config.data.eval_fraction=0.0"])
+    cli.run(dry_run.main)
+    out = capsys.readouterr().out
+    assert "rows of 6 blocks of 2x4x4" in out and "padding" in out and "cut off" in out
