@@ -43,7 +43,12 @@ EXTRAS_REQUIRE = {
     "ocr": ["rapidocr-onnxruntime>=1.4; python_version < '3.13'"],
     "text": ["tokenizers>=0.20"],
     "eval": ["scikit-image>=0.24", "scipy>=1.11"],
-    "parity": ["torch==2.13.0", "torchvision==0.28.0"],
+    "parity": [
+        "torch==2.13.0",
+        "torchvision==0.28.0",
+        # The TPU compiler, for what kernels cost; no TPU is needed.
+        "jax[tpu]>=0.10; platform_system == 'Linux' and platform_machine == 'x86_64'",
+    ],
     "dev": [
         "pytest>=8.0",
         "pytest-xdist>=3.5",

@@ -143,7 +143,7 @@ def _fvd(args: argparse.Namespace, changes: tuple[str, ...]) -> None:
         **measure.record,
         "code": scores.code(),
     }
-    folder = epath.Path(args.out) / f"sums-{scores.identity(record)}"
+    folder = epath.Path(args.out) / f"sums-{scores.identity({'score': record})}"
     partial.gather(
         folder,
         len(fake),

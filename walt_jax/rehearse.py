@@ -76,8 +76,7 @@ def run(
     price: Any = lambda kernels: {}  # noqa: E731
     if isinstance(task, DenoiserTask):
         price = AttentionPrices(task.model, topology.kind)
-    with jax.set_mesh(mesh):
-        return [rehearse(step, topology, mesh, price) for step in steps(experiment, mesh, job)]
+    return [rehearse(step, topology, mesh, price) for step in steps(experiment, mesh, job)]
 
 
 def _search(

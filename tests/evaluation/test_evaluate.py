@@ -152,13 +152,14 @@ def test_a_run_without_checkpoints(tmp_path):
 def test_reconstruction(tmp_path, tokenizer_run):
     run = shutil.copytree(tokenizer_run, tmp_path / "tokenizer")
     evaluate.main(["tokenizer", "--workdir", str(run), *TINY, "--protocol.num_frames=6"])
-    psnr, frechet = scores.read_scores(run)
-    assert (psnr.name, frechet.name) == ("psnr_db", "frechet_fixture")
+    psnr, ssim, frechet = scores.read_scores(run)
+    assert (psnr.name, ssim.name, frechet.name) == ("psnr", "ssim", "frechet_fixture")
+    assert -1 < ssim.value < 1
     assert 0 < psnr.value < 40 and frechet.value > 0
     assert psnr.record["reconstructions"]["count"] == 24
     evaluate.main(["tokenizer", "--workdir", str(run), *TINY, "--protocol.num_frames=6",
                    "--step=1", "--evaluator=reconstruction"])  # fmt: skip
-    assert scores.read_scores(run)[-1].value != psnr.value
+    assert scores.read_scores(run)[-2].value != psnr.value
 
 
 def test_follow_scores_what_comes(tmp_path, denoiser_run):

@@ -18,32 +18,39 @@ from walt_jax.evaluation.scoring import FOLDER
 
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
-SAVING = "from walt_jax.evaluation import partial; partial.SAVE_EVERY = 0.0; "
+SAVING = """
+import time
+from walt_jax import cli, evaluate
+from walt_jax.evaluation import partial
+partial.SAVE_EVERY, save = 0.0, partial._Sums.save
+partial._Sums.save = lambda self: (save(self), time.sleep({pause}))  # to be killed in
+cli.run(evaluate.main)
+"""
 ARGUMENTS = (
     *("checkpoint", "--features=tiny_features:load", "--protocol.num_frames=5"),
     *("--protocol.num_samples=16", "--protocol.folds=2", "--steps=2"),
 )
 
 
-def start(workdir, *extra, devices=1, samples="2"):
+def start(workdir, *extra, devices=1, pause=0.0):
     """`python -m walt_jax.evaluate checkpoint` in the background, saving at every batch."""
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),
         "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])]),
     }
-    code = SAVING + "from walt_jax import cli, evaluate; cli.run(evaluate.main)"
-    command = [sys.executable, "-c", code, *ARGUMENTS, "--workdir", str(workdir)]
-    command += [f"--per_device={samples}", *extra]
+    command = [sys.executable, "-c", SAVING.format(pause=pause), *ARGUMENTS]
+    command += ["--workdir", str(workdir), "--per_device=2", *extra]
     return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
 
 
-def pair(workdir, devices=1):
+def pair(workdir, devices=1, pause=0.0):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     flags = (f"--coordinator=127.0.0.1:{port}", "--num_processes=2")
-    return [start(workdir, *flags, f"--process_id={i}", devices=devices) for i in range(2)]
+    options = {"devices": devices, "pause": pause}
+    return [start(workdir, *flags, f"--process_id={i}", **options) for i in range(2)]
 
 
 def finish(*processes):
@@ -62,8 +69,10 @@ def kill_in_the_middle(workdir, *processes):
     """As soon as some of the samples are counted."""
     deadline = time.monotonic() + 600
     while not list((workdir / FOLDER).glob("sums-*/sums*.npz")):
-        assert time.monotonic() < deadline and any(p.poll() is None for p in processes)
-        time.sleep(0.002)
+        assert time.monotonic() < deadline
+        for process in processes:
+            assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.02)
     for process in processes:
         process.send_signal(signal.SIGKILL)
         process.communicate()
@@ -95,7 +104,7 @@ def test_eight_devices_score_as_one(copied, straight):
 
 
 def test_a_killed_process_goes_on(copied, straight):
-    process = start(copied)
+    process = start(copied, pause=2.0)
     kill_in_the_middle(copied, process)
     again = start(copied)
     _, errors = again.communicate(timeout=900)
@@ -104,7 +113,7 @@ def test_a_killed_process_goes_on(copied, straight):
 
 
 def test_one_process_goes_on_with_what_two_left(copied, straight):
-    processes = pair(copied)
+    processes = pair(copied, pause=2.0)
     kill_in_the_middle(copied, *processes)
     finish(start(copied, devices=2))
     same(only(copied), straight)

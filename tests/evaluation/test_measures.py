@@ -6,8 +6,16 @@ import tiny_features
 
 from walt_jax.data.sprites import SpriteConfig, sprite_video
 from walt_jax.errors import UserError
-from walt_jax.evaluation.frechet import frechet_distance, kernel_distance
-from walt_jax.evaluation.measures import FeatureSums, Frechet, Pairs, ReadBack, Shown
+from walt_jax.evaluation import frames
+from walt_jax.evaluation.frechet import frechet_distance, inception_score, kernel_distance
+from walt_jax.evaluation.measures import (
+    FeatureSums,
+    Frechet,
+    InceptionScore,
+    Means,
+    ReadBack,
+    Shown,
+)
 from walt_jax.evaluation.moments import Moments
 from walt_jax.evaluation.protocols import Protocol
 
@@ -101,10 +109,26 @@ def test_what_is_no_sprite(name):
         ReadBack(["red square left", name], np.zeros(2, int), 8.0)
 
 
-def test_psnr_of_pairs():
+def test_means_of_pairs():
     real = np.clip(VIDEOS, 0, 250)
-    made = in_parts(Pairs, real + np.uint8(5), real)
-    np.testing.assert_allclose(made.results()["psnr_db"], 10 * np.log10(255**2 / 25))
+    make = lambda: Means({"psnr": frames.psnr}, pairs=True)  # noqa: E731
+    made = in_parts(make, real + np.uint8(5), real)
+    np.testing.assert_allclose(made.results()["psnr"], 10 * np.log10(255**2 / 25), rtol=1e-6)
+
+
+def test_means_of_folds():
+    brightness = {"mean": lambda v: v.mean((1, 2, 3, 4))}
+    made = in_parts(lambda: Means(brightness, folds=3, fold_size=4), VIDEOS).results()["mean"]
+    np.testing.assert_allclose(made, VIDEOS.reshape(3, -1).mean(1))
+
+
+def test_the_inception_score_of_each_fold(net):
+    protocol = Protocol(num_frames=4, num_samples=6, folds=2)
+    found = in_parts(lambda: InceptionScore(net, protocol), VIDEOS).results()
+    logits = net(VIDEOS[:, :4])
+    expected = [inception_score(part, splits=1)[0] for part in (logits[:6], logits[6:])]
+    assert found.keys() == {"is_fixture"}
+    np.testing.assert_allclose(found["is_fixture"], expected, rtol=1e-6)
 
 
 def test_the_first_videos_are_shown():

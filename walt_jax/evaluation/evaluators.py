@@ -14,9 +14,9 @@ import numpy as np
 
 from walt_jax.diffusion import Constant, Sampler, Scale
 from walt_jax.errors import UserError
-from walt_jax.evaluation import protocols
+from walt_jax.evaluation import frames, motion, protocols
 from walt_jax.evaluation.features import FeatureNet
-from walt_jax.evaluation.measures import Frechet, Measure, Pairs, ReadBack
+from walt_jax.evaluation.measures import Frechet, InceptionScore, Means, Measure, ReadBack
 from walt_jax.evaluation.reference import Statistics
 
 
@@ -166,9 +166,64 @@ class SpriteReadBack(Evaluator, name="read_back"):
 
 @dataclasses.dataclass(frozen=True)
 class Reconstruction(Evaluator, name="reconstruction"):
-    """Each reconstructed clip beside its original: PSNR in dB, of the clip's mean squared error."""
+    """Each reconstructed clip beside its original.
+
+    Attributes:
+      metrics: of `psnr` (dB), `ssim`, `ms_ssim` and `lpips`, each averaged over frames.
+      lpips: path or URL of the weights of LPIPS, where it is among them; lpips_sha256: of the file.
+    """
 
     tasks: ClassVar[tuple[str, ...]] = ("tokenizer",)
+    metrics: tuple[Literal["psnr", "ssim", "ms_ssim", "lpips"], ...] = ("psnr", "ssim")
+    lpips: str = ""
+    lpips_sha256: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if ("lpips" in self.metrics) != bool(self.lpips):
+            raise UserError(
+                "evaluators.lpips names the weights of the metric lpips: give both, or neither."
+            )
 
     def measure(self, samples: Samples) -> Measure:
-        return Pairs()
+        known = {"psnr": frames.psnr, "ssim": frames.ssim, "ms_ssim": frames.ms_ssim}
+        if self.lpips:
+            known["lpips"] = frames.lpips(self.lpips, self.lpips_sha256)
+        return Means({name: known[name] for name in self.metrics}, pairs=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Motion(Evaluator, name="motion"):
+    """How much moves in the samples, and how well frames continue each other; see `motion.py`."""
+
+    def measure(self, samples: Samples) -> Measure:
+        functions = {
+            "motion_strength": motion.motion_strength,
+            "warping_error": motion.warping_error,
+        }
+        protocol = samples.protocol
+        return Means(functions, folds=protocol.folds, fold_size=protocol.num_samples)
+
+
+@dataclasses.dataclass(frozen=True)
+class Is(Evaluator, name="is"):
+    """The inception score of samples; of UCF-101 by C3D.
+
+    Attributes:
+      features: a network of class logits.
+      weights: file or URL of its weights; '' for the published ones.
+      allow: kinds of weights that are otherwise refused.
+    """
+
+    features: str = "c3d"
+    weights: str = ""
+    allow: tuple[str, ...] = ()
+
+    def measure(self, samples: Samples) -> Measure:
+        net = samples.net(self.features, self.weights, "", self.allow)
+        if samples.protocol.num_frames < net.min_frames:
+            raise UserError(
+                f"{net.name} needs clips of at least {net.min_frames} frames, but "
+                f"protocol.num_frames is {samples.protocol.num_frames}: raise it."
+            )
+        return InceptionScore(net, samples.protocol)

@@ -1,7 +1,7 @@
 """What is summed over videos: the sums of two disjoint sets add up to those of both."""
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -10,7 +10,7 @@ from walt_jax.data.sprites import COLOURS, DIRECTIONS, SHAPES
 from walt_jax.errors import UserError
 from walt_jax.evaluation.clips import compared
 from walt_jax.evaluation.features import FeatureNet, score_name
-from walt_jax.evaluation.frechet import frechet_distance, kernel_distance
+from walt_jax.evaluation.frechet import frechet_distance, inception_score, kernel_distance
 from walt_jax.evaluation.moments import Moments
 from walt_jax.evaluation.protocols import Protocol
 from walt_jax.evaluation.scores import Record
@@ -218,28 +218,71 @@ class ReadBack(Measure):
         return {name: tuple(map(float, row)) for name, row in zip(names, shares)}
 
 
-class Pairs(Measure):
-    """Means over reconstructions of what is measured on each beside its original."""
+class Means(Measure):
+    """Means over videos of what functions say of each, or of each beside its original."""
 
-    def __init__(self) -> None:
-        self._sum, self._count = np.zeros(1), np.zeros(1)
-        self.record = {}
+    def __init__(
+        self,
+        functions: Mapping[str, Callable[..., np.ndarray]],
+        *,
+        pairs: bool = False,
+        folds: int = 1,
+        fold_size: int = 0,
+    ) -> None:
+        """Nothing is counted yet.
+
+        Args:
+          functions: name of a score -> function of uint8 (B, T, H, W, 3) to (B,).
+          pairs: whether they take the originals too.
+          folds: sets of videos.
+          fold_size: videos that make a fold, by their numbers.
+        """
+        self._functions, self._pairs, self._fold_size = functions, pairs, fold_size
+        self._sums, self._count = np.zeros((folds, len(functions))), np.zeros(folds)
+        self.record = {"functions": sorted(functions)}
 
     def add(self, numbers: np.ndarray, videos: np.ndarray, real: np.ndarray | None = None) -> None:
-        error = np.square(videos.astype(np.float64) - real).mean((1, 2, 3, 4))
-        for value in 10 * np.log10(255.0**2 / np.maximum(error, 1e-10)):
-            self._sum += value
-        self._count += len(videos)
+        given = (videos, real) if self._pairs else (videos,)
+        found = [np.asarray(f(*given), np.float64) for f in self._functions.values()]
+        folds = numbers // self._fold_size if len(self._count) > 1 else np.zeros_like(numbers)
+        np.add.at(self._sums, folds, np.stack(found, 1))
+        np.add.at(self._count, folds, 1.0)
 
     def state(self) -> State:
-        return {"sum": self._sum, "count": self._count}
+        return {"sums": self._sums, "count": self._count}
 
     def absorb(self, state: State) -> None:
-        self._sum = self._sum + state["sum"]
+        self._sums = self._sums + state["sums"]
         self._count = self._count + state["count"]
 
     def results(self) -> dict[str, tuple[float, ...]]:
-        return {"psnr_db": tuple(self._sum / self._count)}
+        means = (self._sums / self._count[:, None]).T
+        return {name: tuple(map(float, row)) for name, row in zip(self._functions, means)}
+
+
+class InceptionScore(Measure):
+    """The inception score of each fold, by a network of class logits: `is`, or `is_fixture`."""
+
+    def __init__(self, net: FeatureNet, protocol: Protocol) -> None:
+        self._net, self._protocol = net, protocol
+        self._logits = np.zeros((protocol.total_samples, net.dims), np.float32)
+        self.record = {"features": describe(net)}
+
+    def add(self, numbers: np.ndarray, videos: np.ndarray, real: np.ndarray | None = None) -> None:
+        p = self._protocol
+        clips = [compared(video[: p.span : p.stride], p) for video in videos]
+        self._logits[numbers] = self._net(np.stack(clips))
+
+    def state(self) -> State:
+        return {"logits": self._logits}
+
+    def absorb(self, state: State) -> None:
+        self._logits = self._logits + state["logits"]  # zero where they were not counted
+
+    def results(self) -> dict[str, tuple[float, ...]]:
+        folds = np.split(self._logits, self._protocol.folds)
+        name = "is" if self._net.trained else "is_fixture"
+        return {name: tuple(inception_score(logits, splits=1)[0] for logits in folds)}
 
 
 class Shown(Measure):

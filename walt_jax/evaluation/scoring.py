@@ -151,6 +151,7 @@ class Scoring:
         measures = {str(i): e.measure(self) for i, e in enumerate(self._evaluators)}
         common = self._record(subject)
         records = {k: {**common, **m.record} for k, m in measures.items()}
+        # With the code's version: sums of two versions are not mixed.
         folder = self._folder / f"sums-{scores.identity(records)}"
         found = {k: scores.find(self._folder.parent, r) for k, r in records.items()}
         if all(found.values()):

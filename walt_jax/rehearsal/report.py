@@ -102,7 +102,8 @@ def rehearse(step: Step, topology: Topology, mesh: Mesh, price: Prices) -> Repor
     about = {"step": step.name, "topology": str(topology), "mesh": sizes}
     limit = topology.chip.hbm
     try:
-        compiled = step.lower().compile()
+        with jax.set_mesh(mesh):  # nothing may run meanwhile: its devices are not there
+            compiled = step.lower().compile()
     except jax.errors.JaxRuntimeError as e:
         if (needed := too_large(e)) is None:
             raise

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -11,19 +10,19 @@ from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 from jax.sharding import Mesh
 
 from walt_jax import config as config_lib
 from walt_jax.data.joint import Joint
 from walt_jax.data.pipeline import Pipeline
-from walt_jax.data.records import Dataset, open_dataset
+from walt_jax.data.records import open_dataset
 from walt_jax.errors import Preempted, UserError
 from walt_jax.evaluation.inline import Inline
-from walt_jax.parallel import describe, make_mesh
+from walt_jax.parallel import make_mesh
 from walt_jax.parallel.sharding import batch_sharding, place, replicated
 from walt_jax.tasks import to_uint8
 from walt_jax.training import metrics as metrics_lib
+from walt_jax.training.about import SHARDINGS, about_data, write_about
 from walt_jax.training.checkpoints import Checkpoints
 from walt_jax.training.experiment import Experiment
 from walt_jax.training.goodput import Goodput
@@ -38,7 +37,6 @@ from walt_jax.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 PyTree = Any
-SHARDINGS = "shardings.txt"
 _MAY_CHANGE = ("mesh", "guard", "profile")  # of a config, from one start to the next
 Shape = tuple[tuple[str, tuple[int, ...]], ...]
 
@@ -109,17 +107,12 @@ class _Run:
         self.prepared = self.task.prepare(str(workdir), *datasets)
         self.frozen = place(self.prepared, jax.tree.map(lambda _: replicated(mesh), self.prepared))
         self.key = place(np.asarray(experiment.seed, np.uint32), replicated(mesh))
-        about = _about(dataset, experiment.data.fps)
+        about = about_data(dataset, experiment.data.fps)
         self.score = Inline(
             experiment, workdir, mesh, self.frozen, about, quiet=quiet, beat=self.watchdog.alive
         )
         if jax.process_index() == 0:
-            epath.Path(workdir).mkdir(parents=True, exist_ok=True)
-            (epath.Path(workdir) / config_lib.DATASET).write_text(
-                json.dumps(about, indent=2) + "\n"
-            )
-            lines = describe(self.program.shardings.params, self.program.abstract.params)
-            (epath.Path(workdir) / SHARDINGS).write_text("\n".join(lines) + "\n")
+            write_about(workdir, about, self.program)
 
     def say(self, text: str) -> None:
         """A line for the user, on the first process."""
@@ -340,15 +333,6 @@ class _Run:
         videos = jax.device_get(self._preview(state, self.frozen, next(self._held_out())))
         if writer is not None:
             writer.write_videos(step, {"preview": to_uint8(videos[:8])})
-
-
-def _about(dataset: Dataset, fps: float) -> dict[str, Any]:
-    """What sampling needs to know of the data, so that a workdir stands alone."""
-    return {
-        "label_names": dataset.label_names,
-        "fps": fps or float(np.median(dataset.index["fps"])),
-        "fingerprint": dataset.fingerprint,
-    }
 
 
 def _shape(batch: PyTree) -> Shape:

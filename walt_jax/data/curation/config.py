@@ -59,7 +59,7 @@ class ModelFile:
 
 @dataclasses.dataclass(frozen=True)
 class ClipModel:
-    """A CLIP model as ONNX files, as exported by Hugging Face's optimum or transformers.js.
+    """A CLIP model as ONNX files, the towers with projection that transformers.js uses.
 
     Attributes:
       image: image tower, `pixel_values` float32 (N, 3, size, size) to an embedding (N, D).

@@ -43,6 +43,8 @@ def run_parts(
     Raises:
       UserError: what the work raised, a flag that Beam does not know, or a runner that fails.
     """
+    if not items:
+        return
     if runner == THREADS:
         _run_threads(work, items, workers, advance)
     else:
