@@ -159,7 +159,9 @@ def test_a_packed_video_comes_out_as_alone(name):
             np.testing.assert_allclose(found, alone, atol=2e-5 * np.abs(alone).max())
 
 
-@pytest.mark.parametrize("name", ["windows", "tokens", _marked("text")])
+@pytest.mark.parametrize(
+    "name", ["windows", pytest.param("tokens", marks=pytest.mark.slow), _marked("text")]
+)
 def test_no_video_reaches_another_one_and_padding_none(name):
     config, block = CASES[name]
     _, z, packing = pack(config, block, SIZES, 12 if block[0] == 2 else 60)

@@ -123,9 +123,10 @@ TASKS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", ["windows", "tokens", pytest.param("text", marks=pytest.mark.slow)]
-)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("tokens", "text")]
+
+
+@pytest.mark.parametrize("name", ["windows", *SLOW])
 def test_loss_and_gradients_are_those_of_the_videos(name):
     task, block, blocks = TASKS[name]
     packing = PackingConfig(block, blocks, 3)
