@@ -19,7 +19,7 @@ from walt_jax.errors import UserError
 Size = tuple[int, int, int]
 SEGMENTS = "segments"  # the array that says that a batch is of packed videos
 _ORDER, _RATE, _KEPT = 4, 5, 6  # tags of random draws
-_SORTED = 2048  # videos that are packed together, the largest first
+_SORTED = (16, 2048)  # videos packed together, the largest first: what fills better is taken
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,15 +200,19 @@ class PackPlan:
 def best_fit(sizes: Sequence[int], capacity: int, most: int) -> list[list[int]]:
     """Numbers of items by row, none of more than `capacity` in all nor of more than `most` items.
 
-    Each item goes where it leaves least room, of 2048 at a time the largest first. Rows that are
-    not full stay open for those that follow.
+    Each item goes where it leaves least room, of 16 or 2048 at a time the largest first: many leave
+    the least room, few do not end in rows of small ones that are full by number. Rows that are not
+    full stay open for those that follow.
     """
+    return min((_best_fit(np.asarray(sizes), capacity, most, n) for n in _SORTED), key=len)
+
+
+def _best_fit(sizes: np.ndarray, capacity: int, most: int, together: int) -> list[list[int]]:
     rows: list[list[int]] = []
     open_rows: dict[int, list[int]] = {}  # by room
     rooms = 0  # bit r is set where some row has room r
-    sizes = np.asarray(sizes)
-    for first in range(0, len(sizes), _SORTED):
-        part = sizes[first : first + _SORTED]
+    for first in range(0, len(sizes), together):
+        part = sizes[first : first + together]
         for i in (first + np.argsort(-part, kind="stable")).tolist():
             size = int(sizes[i])
             fitting = rooms >> size
