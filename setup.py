@@ -13,6 +13,7 @@ INSTALL_REQUIRES = [
     "clu>=0.0.12",
     "etils[epath]>=1.9",
     "flax>=0.12",
+    "fsspec>=2024.2",
     "grain>=0.2.10",
     "importlib_resources>=6.0",  # tensorflow-datasets imports it without declaring it
     "jax>=0.10",
@@ -23,6 +24,7 @@ INSTALL_REQUIRES = [
     "optax>=0.2.5",
     "orbax-checkpoint>=0.11.20",
     "pillow>=10.0",
+    "requests>=2.31",
     "safetensors>=0.4",
     "tensorboard>=2.16",
     # clu.metric_writers imports TensorFlow; the model code never does.
@@ -35,11 +37,25 @@ INSTALL_REQUIRES = [
 EXTRAS_REQUIRE = {
     "tpu": ["jax[tpu]>=0.10"],
     "cuda": ["jax[cuda12]>=0.10"],
-    "data": ["scenedetect>=0.6.4"],
+    # Curation at scale: `python -m walt_jax.prepare` on Beam, scene cuts, CLIP scores.
+    "data": ["apache-beam>=2.70", "onnxruntime>=1.20", "scenedetect-headless>=0.7"],
+    # Brings opencv-python beside the headless one, which needs the system's libGL.
+    "ocr": ["rapidocr-onnxruntime>=1.4; python_version < '3.13'"],
     "text": ["tokenizers>=0.20"],
     "eval": ["scikit-image>=0.24", "scipy>=1.11"],
-    "parity": ["torch==2.13.0"],
-    "dev": ["pytest>=8.0", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.8"],
+    "parity": [
+        "torch==2.13.0",
+        "torchvision==0.28.0",
+        # The TPU compiler, for what kernels cost; no TPU is needed.
+        "jax[tpu]>=0.10; platform_system == 'Linux' and platform_machine == 'x86_64'",
+    ],
+    "dev": [
+        "pytest>=8.0",
+        "pytest-xdist>=3.5",
+        "hypothesis>=6.100",
+        "ruff>=0.8",
+        "scenedetect-headless>=0.7",
+    ],
 }
 
 setup(

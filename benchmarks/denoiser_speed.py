@@ -247,7 +247,8 @@ def price(models: list[str], chips: list[str]) -> Iterator[Record]:
       UserError: no TPU compiler.
     """
     jax.config.update("jax_platforms", "cpu")
-    from benchmarks.tpu_estimate import CHIPS, NOTE, estimate, peak_share
+    from walt_jax.rehearsal.chips import CHIPS
+    from walt_jax.rehearsal.estimate import NOTE, estimate, peak_share
 
     print(f"{NOTE}; one clip a chip, {DenoiserConfig.dtype}")
     print(f"{'':<42}{'Mcycles':>10}{'ms':>9}{'MFU':>7}{'HBM, GiB: arguments, temporaries':>36}")

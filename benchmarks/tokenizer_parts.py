@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from benchmarks.tpu_estimate import CHIPS, Estimate, estimate, peak_share
 from walt_jax.kernels.causal_conv import causal_conv, fits
 from walt_jax.kernels.channel_moments import channel_moments
 from walt_jax.kernels.rows import block_rows
@@ -23,6 +22,8 @@ from walt_jax.models import Tokenizer, TokenizerConfig
 from walt_jax.models.build import count
 from walt_jax.models.tokenizer.tokenizer import ResBlock
 from walt_jax.models.tokenizer.whole import Whole
+from walt_jax.rehearsal.chips import CHIPS
+from walt_jax.rehearsal.estimate import Estimate, estimate, peak_share
 from walt_jax.training.flops import forward_flops
 
 Shape = tuple[int, ...]

@@ -212,7 +212,7 @@ def price(args: argparse.Namespace) -> Iterator[Record]:
     """
     jax.config.update("jax_platforms", "cpu")
     from benchmarks import tokenizer_parts as tokenizer
-    from benchmarks.tpu_estimate import NOTE, TooLarge
+    from walt_jax.rehearsal.estimate import NOTE, TooLarge
 
     all_passes = tokenizer.PASSES[:1] if args.forward else tokenizer.PASSES
     print(f"{NOTE}; one clip a chip, bfloat16, each distinct part by itself and summed by count")

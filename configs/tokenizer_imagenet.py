@@ -1,6 +1,6 @@
 """A 2D tokenizer of images on ImageNet by MAGVIT-v2's recipe (2312.06662, table 8).
 
-    python -m walt_jax.prepare --input imagenet/train --output out/imagenet --short-side 256
+    python -m walt_jax.prepare --input imagenet:IMAGENET --output out/imagenet --short-side 256
     python -m walt_jax.train --config configs/tokenizer_imagenet.py \
         --workdir out/tokenizer_imagenet --config.data.path=out/imagenet \
         --config.task.perceptual.weights=resnet50.safetensors

@@ -1,6 +1,6 @@
 """The W.A.L.T tokenizer on Kinetics-600 by MAGVIT-v2's recipe (2312.06662, table 8).
 
-    python -m walt_jax.prepare --input k600/train --output out/k600
+    python -m walt_jax.prepare --input kinetics:K600 --split train --output out/k600
     python -m walt_jax.train --config configs/tokenizer_k600.py --workdir out/tokenizer_k600 \
         --config.data.path=out/k600 --config.task.perceptual.weights=resnet50.safetensors
 

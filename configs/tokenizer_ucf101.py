@@ -1,6 +1,6 @@
 """The W.A.L.T tokenizer on UCF-101 by MAGVIT-v2's recipe (2312.06662, table 8; 2310.05737).
 
-    python -m walt_jax.prepare --input tfds:ucf101/train --output out/ucf101
+    python -m walt_jax.prepare --input ucf101:UCF --split train01 --output out/ucf101
     python -m walt_jax.train --config configs/tokenizer_ucf101.py --workdir out/tokenizer_ucf101 \
         --config.data.path=out/ucf101 --config.task.perceptual.weights=resnet50.safetensors
 

@@ -1,7 +1,6 @@
 """W.A.L.T on ImageNet at 256x256, by class (2312.06662, section 5.1 and table 8).
 
-    python -m walt_jax.prepare --input imagenet/train --output out/imagenet --short-side 256 \
-        --label-from-folder
+    python -m walt_jax.prepare --input imagenet:IMAGENET --output out/imagenet --short-side 256
     python -m walt_jax.encode --workdir out/tokenizer_imagenet --output out/imagenet_latents
     python -m walt_jax.train --config configs/walt_imagenet.py --workdir out/walt_imagenet \
         --config.task.tokenizer=out/tokenizer_imagenet --config.data.path=out/imagenet_latents

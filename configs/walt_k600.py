@@ -1,6 +1,6 @@
 """W.A.L.T on Kinetics-600: prediction of frames (2312.06662, section 3.4 and table 8).
 
-    python -m walt_jax.prepare --input k600/train --output out/k600
+    python -m walt_jax.prepare --input kinetics:K600 --split train --output out/k600
     python -m walt_jax.encode --workdir out/tokenizer_k600 --output out/k600_latents --epochs 4
     python -m walt_jax.train --config configs/walt_k600.py --workdir out/walt_k600 \
         --config.task.tokenizer=out/tokenizer_k600 --config.data.path=out/k600_latents

@@ -1,16 +1,17 @@
 """W.A.L.T on UCF-101, by class (2312.06662, section 5.1 and table 8).
 
-    python -m walt_jax.prepare --input tfds:ucf101/train --output out/ucf101
+    python -m walt_jax.prepare --input ucf101:UCF --split train01 --output out/ucf101
     python -m walt_jax.encode --workdir out/tokenizer_ucf101 --output out/ucf101_latents \
         --epochs 16
     python -m walt_jax.train --config configs/walt_ucf101.py --workdir out/walt_ucf101 \
         --config.task.tokenizer=out/tokenizer_ucf101 --config.data.path=out/ucf101_latents
     python -m walt_jax.sample --workdir out/walt_ucf101 --num 101 --out out/samples
 
-The tokenizer is that of `configs/tokenizer_ucf101.py`. TFDS names the classes; of your own folder
-of videos, a subfolder a class, prepare takes them by --label-from-folder. A clip's latents take
-20 KB, so 16 clips of each video 3 GB. `--config.data.path` may also be the prepared videos: then
-clips are cut anew in every step, and encoding them about doubles its work.
+The tokenizer is that of `configs/tokenizer_ucf101.py`. UCF is the folder of the unpacked archives,
+UCF-101/ and ucfTrainTestlist/; of your own videos, a subfolder a class, prepare takes the classes
+by --label-from-folder. A clip's latents take 20 KB, so 16 clips of each video 3 GB.
+`--config.data.path` may also be the prepared videos: then clips are cut anew in every step, and
+encoding them about doubles its work.
 
 Hardware: a TPU slice, say `--config.mesh.fsdp=32` for eight clips a chip; neither run nor measured
 by us at this size. XL's matrix products come to 7e19 FLOPs, self-conditioning's pass included,

@@ -34,6 +34,11 @@ SIZES = {
     },
     "walt_sr1": {"": ("walt-sr1", {})},
     "walt_sr2": {"": ("walt-sr2", {})},
+    "walt_any_size": {
+        "": ("walt-l-any-size", {}),
+        "tokens": ("walt-l-tokens", {}),
+        "buckets": ("walt-l-any-size", {}),
+    },
     "family/dit": {
         "": ("dit-xl-2", {}),
         **{size: (f"dit-{size}-2", {}) for size in ("s", "b", "l", "xl")},
@@ -108,6 +113,12 @@ def test_sizes_are_the_named_ones(name):
 def test_clips_fit_the_model(spec):
     experiment = build(spec)
     model, data, text = experiment.task.model, experiment.data, experiment.task.text
+    if model.any_size:  # blocks of patches, with whole windows where these have biases
+        block = data.packing.block if data.packing else (5, 8, 8)
+        assert not any(n % p for n, p in zip(block, model.patch_size))
+        assert not any(g % n for g, n in zip(model.grid, block))
+        assert not model.relative_bias or model.windows == ((1, 0, 0), block)
+        return
     # The tokenizers of W.A.L.T and of all debug runs, or one of images for frames.
     frames = (data.num_frames - 1) // 4 + 1
     if spec.startswith("family") and not spec.endswith(":debug"):

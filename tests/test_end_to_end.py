@@ -105,14 +105,18 @@ def test_encoding_again_is_refused_and_a_foreign_tokenizer_too(finished, tmp_pat
 
 
 def test_the_denoiser_trains_on_videos_too(finished, tmp_path):
-    """Without cached latents, clips are encoded in the step."""
+    """Without cached latents, clips are encoded in the step; and the loop scores samples."""
     out, _ = finished
     values = config_lib.load("configs/sprites_walt.py:debug")
     values["task"]["tokenizer"] = str(out / "tokenizer")
     values["data"]["path"] = str(out / "records")
     values |= {"num_steps": 2, "preview_every": 0}
+    sampling = {"changes": ("num_frames=5", "num_samples=2"), "num_steps": 2}
+    values["evaluators"] = ({"name": "read_back", "every": 1, "sampling": sampling},)
     scores = train(config_lib.build(Experiment, values), tmp_path / "walt", quiet=True)
     assert 0.1 < scores["eval/loss"] < 10
+    steps, shares = read_metrics(tmp_path / "walt", "score/read_back")
+    assert steps.tolist() == [1, 2] and shares[-1] == scores["score/read_back"]
 
 
 def _configs():

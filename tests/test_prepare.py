@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,8 +15,10 @@ import cv2
 import numpy as np
 import pytest
 
+from walt_jax import config as config_lib
 from walt_jax import media, prepare
 from walt_jax.data import records
+from walt_jax.data.curation.config import PrepareConfig
 from walt_jax.data.preparation import prepare_dataset
 from walt_jax.errors import UserError
 
@@ -30,6 +33,13 @@ def write_clips(folder, count, frames=8, size=(48, 64), fps=10):
         image = np.full((*size, 3), 20 + 200 * i // count, np.uint8)
         media.write_mp4(path, np.repeat(image[None], frames, 0), fps)
     return folder
+
+
+def digests(folder):
+    files = (p for p in folder.rglob("*") if p.is_file())
+    return {
+        p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files
+    }
 
 
 def manifest():
@@ -85,6 +95,31 @@ def test_command(tmp_path, capsys):
     assert (records.open_dataset(output).index["height"] == 48).all()
 
 
+@pytest.mark.parametrize("variant", ["", "text", "score", "debug"])
+def test_shipped_preparation(variant):
+    """It builds, every threshold has its score, and the docstring's commands are this program's."""
+    path = REPO / "preparations" / "videos.py"
+    config = config_lib.build(PrepareConfig, config_lib.load(f"{path}:{variant}"))
+    assert config.scores.text_area == (variant == "text")
+    assert config.filter.is_on == (variant != "score")
+    for name in config.filter.ranges():
+        assert getattr(config.scores, name)
+    assert config.filter.duplicate_bits is None or config.scores.phash
+    doc = re.match(r'"""(.*?)"""', path.read_text(), re.DOTALL)[1].replace("\\\n", " ")
+    commands = re.findall(r"^ +python -m walt_jax\.prepare (.*)$", doc, re.M)
+    assert len(commands) == 2
+    for args in map(shlex.split, commands):
+        overrides = [a.removeprefix("--config.") for a in args if a.startswith("--config.")]
+        config_lib.build(PrepareConfig, config_lib.override({}, overrides))
+        prepare._parser().parse_args([a for a in args if not a.startswith("--config.")])
+
+
+def test_a_key_that_nothing_reads(tmp_path):
+    arguments = ["--input", str(tmp_path), "--output", str(tmp_path / "out")]
+    with pytest.raises(UserError, match=r"config\.scores\.moton; did you mean 'motion'"):
+        prepare.main([*arguments, "--config.scores.moton=True"])
+
+
 def test_nothing_decodable(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.mp4").write_text("no video")
@@ -111,14 +146,12 @@ def test_same_bytes_with_any_number_of_workers(tmp_path):
     folder = write_clips(tmp_path / "in", 9)
     (folder / "class0" / "bad.mp4").write_text("no video")
 
-    def digests(name, **options):
+    def prepared(name, **options):
         prepare_dataset(folder, tmp_path / name, **options)
-        return {
-            p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in (tmp_path / name).iterdir()
-        }
+        return digests(tmp_path / name)
 
-    assert digests("one", workers=1) == digests("four", workers=4)
-    three = digests("three", shards=3)
+    assert prepared("one", workers=1) == prepared("four", workers=4)
+    three = prepared("three", shards=3)
     assert len([name for name in three if "array_record" in name]) == 3
     one, three = (records.open_dataset(tmp_path / name) for name in ("one", "three"))
     assert one.fingerprint == three.fingerprint
@@ -168,22 +201,27 @@ def test_folder_of_images(tmp_path):
     np.testing.assert_allclose(records.decode_frames(dataset.read(1), [0]), 99, atol=1)
 
 
-def test_kill_leaves_nothing_complete(tmp_path):
+def test_killed_and_run_again_it_gives_the_same_shards(tmp_path):
     folder = write_clips(tmp_path / "in", 12, frames=100, size=(240, 320))
-    output = tmp_path / "out"
-    command = [sys.executable, "-m", "walt_jax.prepare", "--input", str(folder)]
-    command += ["--output", str(output), "--workers", "1", "--shards", "12"]
-    process = subprocess.Popen(command, cwd=REPO, stderr=subprocess.DEVNULL)
-    partial = tmp_path / "out.partial"
-    deadline = time.monotonic() + 30
-    while not (partial / "shard-00003").exists() and time.monotonic() < deadline:
+    (folder / "class0" / "bad.mp4").write_text("no video")
+    output, parts = tmp_path / "out", tmp_path / "out.scored.parts"
+    command = [sys.executable, "-m", "walt_jax.prepare", "--input", str(folder), "--shards", "12"]
+    command += ["--workers", "1", "--output"]
+    process = subprocess.Popen([*command, str(output)], cwd=REPO, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (parts / "00003").exists() and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    assert partial.is_dir() and not output.exists()
-    for directory in (output, partial):
-        with pytest.raises(UserError, match="not a complete dataset"):
-            records.open_dataset(directory)
-    subprocess.run(command, cwd=REPO, check=True, capture_output=True)
-    assert not partial.exists()
-    assert len(records.open_dataset(output)) == 12
+    whole = sorted(p for p in parts.iterdir() if p.name.isdecimal())
+    assert 4 <= len(whole) < 12 and not output.exists()
+    kept = {p: p.stat().st_ino for path in whole for p in path.glob("*.array_record-*")}
+    with pytest.raises(UserError, match=r"begun with other settings.*short_side"):
+        prepare_dataset(folder, output, shards=12, short_side=99)
+    done = subprocess.run([*command, str(output)], cwd=REPO, check=True, capture_output=True)
+    assert b"goes on: " in done.stderr
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["in", "out"]
+    # What was there is what is there now: the same files, by links.
+    assert set(kept.values()) <= {p.stat().st_ino for p in output.iterdir()}
+    prepare_dataset(folder, tmp_path / "straight", shards=12)
+    assert digests(output) == digests(tmp_path / "straight")

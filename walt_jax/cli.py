@@ -73,9 +73,14 @@ def config_parser(
 
 
 def parse(
-    parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None = None, group: str = "config"
 ) -> tuple[argparse.Namespace, list[str]]:
     """Parses arguments; returns them and the `--config.a.b=value` overrides as `a.b=value`.
+
+    Args:
+      parser: of the other arguments.
+      argv: by default the command line's.
+      group: what overrides are of, `config` or another word.
 
     Raises:
       UserError: an argument that nothing reads, or an override without a value.
@@ -85,11 +90,11 @@ def parse(
     rest = list(rest)
     while rest:
         item = rest.pop(0)
-        if not item.startswith("--config."):
+        if not item.startswith(f"--{group}."):
             raise UserError(f"Nothing reads the argument {item!r}: see --help.")
         if "=" not in item:
             if not rest or rest[0].startswith("--"):
                 raise UserError(f"The override {item} has no value: write {item}=VALUE.")
             item = f"{item}={rest.pop(0)}"
-        overrides.append(item.removeprefix("--config."))
+        overrides.append(item.removeprefix(f"--{group}."))
     return args, overrides

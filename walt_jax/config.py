@@ -23,6 +23,7 @@ from walt_jax.errors import UserError
 
 T = TypeVar("T")
 RESOLVED = "config.json"
+DATASET = "dataset.json"  # what sampling needs to know of a run's data
 
 
 def load(spec: str, overrides: Sequence[str] = ()) -> dict[str, Any]:

@@ -26,10 +26,10 @@ from walt_jax.data.pipeline import Pipeline
 from walt_jax.data.preparation import prepare_dataset
 from walt_jax.data.records import Dataset, open_dataset
 from walt_jax.data.sources import find_sources
-from walt_jax.data.sprite_readback import read_back
 from walt_jax.data.sprites import SpriteConfig, write_sprites
 from walt_jax.diffusion import Constant, Ddim
 from walt_jax.errors import UserError
+from walt_jax.evaluation.measures import ReadBack
 from walt_jax.gallery import Section, write_gallery
 from walt_jax.media import frame_grid, write_mp4, write_png
 from walt_jax.models.tokenizer.frozen import FrozenTokenizer
@@ -142,7 +142,7 @@ def run(out: Path, videos: Path | None, scale: Scale = Scale()) -> dict[str, Any
         "denoiser_loss_first": float(losses[0]),
         "denoiser_loss_last": float(losses[-1]),
         "samples": len(samples),
-        **(_judge(samples, names, generator.fps) if videos is None else {}),
+        **(_judge(samples, labels, generator) if videos is None else {}),
         "seconds": time.monotonic() - began,
     }
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
@@ -211,16 +211,14 @@ def _psnr(video: np.ndarray, reconstruction: np.ndarray) -> float:
     return float(np.mean(10 * np.log10(255.0**2 / error)))
 
 
-def _judge(samples: np.ndarray, names: Sequence[str], fps: float) -> dict[str, float]:
+def _judge(samples: np.ndarray, labels: np.ndarray, generator: Generator) -> dict[str, float]:
     """Shares of samples whose nearest colour, shape and direction are those asked for."""
-    options = {k: getattr(SPRITES, k) for k in ("shapes", "colours", "directions")}
-    asked = [name.split() for name in names]
-    read = [read_back(video, fps, **options, forced=True) for video in samples]
-    found = [(r.colour, r.shape, r.direction) for r in read]
-    out = {}
-    for i, what in enumerate(("colour", "shape", "direction")):
-        out[f"{what}_right"] = float(np.mean([a[i] == f[i] for a, f in zip(asked, found)]))
-        out[f"{what}_chance"] = 1.0 / len(options[f"{what}s"])
+    measure = ReadBack(generator.label_names, labels, generator.fps)
+    measure.add(np.arange(len(samples)), samples)
+    out, right = {}, measure.results()
+    for what in ("colour", "shape", "direction"):
+        out[f"{what}_right"] = right[f"read_back/{what}"][0]
+        out[f"{what}_chance"] = 1.0 / len(getattr(SPRITES, f"{what}s"))
     return out
 
 

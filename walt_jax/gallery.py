@@ -14,6 +14,7 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 figure { margin: 0; } figcaption { font-size: 12px; color: #555; max-width: 100%; }
 video { height: 128px; background: #000; image-rendering: pixelated; display: block; }
 img { max-width: 100%; image-rendering: auto; }
+.thumbnails img { height: 128px; } .thumbnails figure { width: min-content; }
 table { border-collapse: collapse; } td, th { padding: 2px 12px 2px 0; text-align: left; }
 """
 
@@ -26,12 +27,14 @@ class Section:
       title: heading; text: a sentence under it.
       items: (file relative to the page, caption); `.mp4` plays, anything else is a picture.
       table: rows of cells, the first row the header.
+      thumbnails: show the pictures small.
     """
 
     title: str
     text: str = ""
     items: Sequence[tuple[str, str]] = ()
     table: Sequence[Sequence[str]] = ()
+    thumbnails: bool = False
 
 
 def write_gallery(path: str | Path, title: str, sections: Sequence[Section]) -> None:
@@ -56,7 +59,8 @@ def _section(section: Section) -> str:
         parts.append("<table>" + "\n".join(rows) + "</table>")
     if section.items:
         figures = "\n".join(_figure(*item) for item in section.items)
-        parts.append(f"<div class='items'>\n{figures}\n</div>")
+        small = " thumbnails" if section.thumbnails else ""
+        parts.append(f"<div class='items{small}'>\n{figures}\n</div>")
     return "\n".join(parts)
 
 

@@ -1,13 +1,16 @@
 """Generating videos from a trained denoiser's workdir."""
 
 import dataclasses
+import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import jax
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 
 from walt_jax import config as config_lib
 from walt_jax.diffusion import Ddim, Sampler, Scale
@@ -20,19 +23,23 @@ from walt_jax.progress import bar as progress_bar
 from walt_jax.tasks import DenoiserTask, Task, Wanted, to_uint8
 from walt_jax.tasks.denoiser import NONE
 from walt_jax.training.checkpoints import Checkpoints
-from walt_jax.training.loop import DATASET
 from walt_jax.training.tokenizers import load_tokenizer
+
+PyTree = Any
+Weights = Literal["ema", "raw"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Generator:
-    """A trained denoiser (its moving average) with its tokenizer.
+    """A trained denoiser with its tokenizer.
 
     Attributes:
       task: sizes and schedule.
-      params: numpy arrays; tokenizer: what decodes.
+      params: numpy arrays, or arrays that lie on `mesh`; tokenizer: what decodes.
       label_names: a name a class, may be empty; fps: of the videos.
       step: the checkpoint's.
+      weights: which of the checkpoint's `params` are, the moving average or the raw ones.
+      mesh: the devices that sample; None for all.
     """
 
     task: DenoiserTask
@@ -41,9 +48,18 @@ class Generator:
     label_names: tuple[str, ...]
     fps: float
     step: int
+    weights: Weights = "ema"
+    mesh: Mesh | None = None
 
     @classmethod
-    def load(cls, workdir: str | Path, step: int | None = None) -> "Generator":
+    def load(
+        cls,
+        workdir: str | Path,
+        step: int | None = None,
+        *,
+        weights: Weights = "ema",
+        mesh: Mesh | None = None,
+    ) -> "Generator":
         """Loads a run's newest checkpoint, or that of `step`.
 
         Raises:
@@ -54,9 +70,10 @@ class Generator:
         if not isinstance(task, DenoiserTask):
             raise UserError(f"{workdir} is a run of another task: sample from a denoiser's.")
         with Checkpoints(workdir, read_only=True) as checkpoints:
-            params = checkpoints.restore_part(("ema",), step)["ema"]
+            name = "ema" if weights == "ema" else "params"
+            params = checkpoints.restore_part((name,), step)[name]
             step = checkpoints.restored
-        about_file = epath.Path(workdir) / DATASET
+        about_file = epath.Path(workdir) / config_lib.DATASET
         if not about_file.exists():
             raise UserError(f"{about_file} is missing: copy the whole workdir of the training.")
         about = json.loads(about_file.read_text())
@@ -67,7 +84,16 @@ class Generator:
             tuple(about["label_names"]),
             about["fps"],
             step,
+            weights,
+            mesh,
         )
+
+    @property
+    def video_shape(self) -> tuple[int, int, int]:
+        """Frames, height and width of what is sampled."""
+        ft, fh, fw = self.tokenizer.config.factors
+        t, h, w = self.task.model.grid
+        return 1 + (t - 1) * ft, h * fh, w * fw
 
     def labels(self, names: Sequence[str]) -> np.ndarray:
         """Class indices of names or numbers, int32.
@@ -174,40 +200,154 @@ class Generator:
                 f"The labels go from {np.min(labels)} to {np.max(labels)}, but this model has "
                 f"classes 0 to {classes - 1}, and {classes} for none."
             )
-        mesh = make_mesh(MeshConfig())
+        mesh = self.mesh or make_mesh(MeshConfig())
+        shards = _shards(mesh)
+        bar = progress_bar(total=total, what="sample", unit="video", disable=not progress)
+        videos = []
+        for numbers, batch in dataclasses.replace(self, mesh=mesh).stream(
+            np.arange(total),
+            lambda rows: jax.tree.map(lambda leaf: np.asarray(leaf)[rows], wanted),
+            seed=seed,
+            sampler=sampler,
+            guidance=guidance,
+            given_guidance=given_guidance,
+            low_noise=low_noise,
+            image=image,
+            per_device=-(-min(batch_size, total) // shards),
+        ):
+            videos.append(batch)
+            bar.update(len(numbers))
+        bar.close()
+        return np.concatenate(videos)
+
+    def stream(
+        self,
+        numbers: np.ndarray,
+        wanted: Callable[[np.ndarray], Wanted],
+        *,
+        seed: int = 0,
+        sampler: Sampler = Ddim(),  # noqa: B008
+        guidance: Scale = NONE,
+        given_guidance: Scale = NONE,
+        low_noise: float | None = None,
+        image: bool = False,
+        per_device: int = 1,
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Any of the videos of a seed, batch by batch, with constant memory.
+
+        On a mesh of data alone a device works on `per_device` videos by itself, always, so that a
+        video is the same bits on any number of devices and in whatever company.
+
+        Args:
+          numbers: int (N,), which videos.
+          wanted: what videos of given numbers (B,) are to show; asked for a batch at a time.
+          per_device: videos at a time on each device.
+          The others are those of `sample`.
+
+        Yields:
+          (numbers (K,), uint8 videos (K, T, H, W, 3)), of every batch those that lie on this
+          process; with a mesh of this process alone, all of them.
+        """
+        mesh = self.mesh or make_mesh(MeshConfig())
+        size = per_device * _shards(mesh)
+        run = _program(self.task, mesh, sampler, guidance, given_guidance, low_noise, image)
+
         with jax.set_mesh(mesh):
-            devices = mesh.devices.size
-            batch_size = -(-min(batch_size, total) // devices) * devices
-            params = place(self.params, state_shardings(self.params, mesh))
-            tokenizer = place(
-                self.tokenizer, jax.tree.map(lambda _: replicated(mesh), self.tokenizer)
-            )
+            everywhere = jax.tree.map(lambda _: replicated(mesh), self.tokenizer)
+            tokenizer = _placed(self.tokenizer, everywhere)
+            params = _placed(self.params, state_shardings(self.params, mesh))
+            key = place(np.asarray(seed, np.uint32), replicated(mesh))
 
-            @jax.jit
-            def run(
-                params: dict, tokenizer: FrozenTokenizer, wanted: Wanted, rows: jax.Array
-            ) -> jax.Array:
-                return self.task.sample(
-                    params,
-                    tokenizer,
-                    wanted,
-                    jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(rows),
-                    sampler,
-                    guidance,
-                    given_guidance=given_guidance,
-                    low_noise=low_noise,
-                    image=image,
-                    layout=Layout(mesh),
-                )
-
-            videos = []
-            bar = progress_bar(total=total, what="sample", unit="video", disable=not progress)
-            for start in range(0, total, batch_size):
-                rows = np.arange(start, start + batch_size)
-                filled = np.minimum(rows, total - 1)  # the last batch is filled up
-                inputs = jax.tree.map(lambda leaf, filled=filled: leaf[filled], wanted), rows
+        def start(first: int) -> jax.Array:
+            filled = np.minimum(np.arange(first, first + size), len(numbers) - 1)
+            rows = np.asarray(numbers, np.int32)[filled]  # the last batch is filled up
+            inputs = jax.tree.map(np.asarray, (wanted(rows), rows))
+            with jax.set_mesh(mesh):
                 inputs = place(inputs, jax.tree.map(lambda _: batch_sharding(mesh), inputs))
-                videos.append(to_uint8(run(params, tokenizer, *inputs)))
-                bar.update(min(batch_size, total - start))
-            bar.close()
-        return np.concatenate(videos)[:total]
+                return run(params, tokenizer, *inputs, key)
+
+        def finish(first: int, videos: jax.Array) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            rows, pixels = _mine(videos)
+            new = rows < len(numbers) - first
+            if new.any():
+                yield np.asarray(numbers)[first + rows[new]], pixels[new]
+
+        # In pairs, so that the devices have the next batch while this one is looked at.
+        before: tuple[int, jax.Array] | None = None
+        for first in range(0, len(numbers), size):
+            now = first, start(first)
+            if before is not None:
+                yield from finish(*before)
+            before = now
+        if before is not None:
+            yield from finish(*before)
+
+
+@functools.lru_cache(maxsize=8)
+def _program(
+    task: DenoiserTask,
+    mesh: Mesh,
+    sampler: Sampler,
+    guidance: Scale,
+    given_guidance: Scale,
+    low_noise: float | None,
+    image: bool,
+) -> Callable[..., jax.Array]:
+    """What samples: (params, tokenizer, wanted, numbers, seed) -> pixels, lying as a batch does.
+
+    Kept, so that the next checkpoint of a run is not compiled again.
+    """
+    alone = mesh.shape["data"] == mesh.size  # every device then has all weights
+
+    def sample(clips: PyTree, shared: PyTree, layout: Layout = Layout()) -> jax.Array:  # noqa: B008
+        (wanted, numbers), (params, tokenizer, seed) = clips, shared
+        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(numbers)
+        return task.sample(
+            params,
+            tokenizer,
+            wanted,
+            keys,
+            sampler,
+            guidance,
+            given_guidance=given_guidance,
+            low_noise=low_noise,
+            image=image,
+            layout=layout,
+        )
+
+    def run(
+        params: PyTree,
+        tokenizer: FrozenTokenizer,
+        wanted: Wanted,
+        numbers: jax.Array,
+        seed: jax.Array,
+    ) -> jax.Array:
+        clips, shared = (wanted, numbers), (params, tokenizer, seed)
+        if alone:
+            return Layout(mesh).by_clip(sample, clips, shared)
+        return sample(clips, shared, Layout(mesh))
+
+    return jax.jit(run, out_shardings=batch_sharding(mesh))
+
+
+def _shards(mesh: Mesh) -> int:
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def _placed(tree: PyTree, shardings: PyTree) -> PyTree:
+    """Host arrays on the devices; what lies there already stays."""
+    return tree if isinstance(jax.tree.leaves(tree)[0], jax.Array) else place(tree, shardings)
+
+
+def _mine(videos: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+    """The rows of a batch that lie on this process, rising, and their uint8 pixels.
+
+    What several devices hold alike counts once, on the first of them.
+    """
+    shards = [s for s in videos.addressable_shards if s.replica_id == 0]
+    shards.sort(key=lambda s: s.index[0].start or 0)
+    rows = [np.arange(len(s.data)) + (s.index[0].start or 0) for s in shards]
+    pixels = [to_uint8(s.data) for s in shards]
+    if not shards:
+        return np.zeros(0, int), np.zeros((0, *videos.shape[1:]), np.uint8)
+    return np.concatenate(rows), np.concatenate(pixels)

@@ -8,7 +8,7 @@ import re
 import tempfile
 import urllib.parse
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -19,6 +19,8 @@ from walt_jax.errors import UserError
 from walt_jax.progress import bar
 from walt_jax.torch_archive import read_tensors
 
+Take = Callable[[str, Sequence[int] | None], np.ndarray]
+
 _CHUNK = 1 << 20
 _TIMEOUT = 60.0  # seconds without a byte
 
@@ -27,38 +29,66 @@ def load_weights(source: str, sha256: str = "") -> dict[str, np.ndarray]:
     """Reads the arrays of a `.safetensors`, `.npz` or `.pt` file; no code in it is run.
 
     Args:
-      source: a path (gs:// too) or an http(s) URL. What a URL gives is kept in the folder
-        $WALT_CACHE, or ~/.cache/walt_jax, under its hash.
-      sha256: hex digest of the file; needed for a URL, checked for a path where given.
+      source: a path (gs:// too) or an http(s) URL.
+      sha256: as `read_file`'s digest.
 
     Returns:
       Name -> array, on the host, shapes and dtypes as in the file.
 
     Raises:
-      UserError: another kind of file, a missing or damaged one, a URL without a hash or one that
-        cannot be reached, a wrong hash.
+      UserError: another kind of file, or as `read_file`.
     """
-    remote = source.startswith(("http://", "https://"))
-    name = urllib.parse.urlsplit(source).path if remote else source
-    suffix, sha256 = PurePosixPath(name).suffix.lower(), sha256.lower()
+    suffix = _suffix(source)
     if suffix not in _PARSERS:
         raise UserError(
             f"{source} is no .safetensors, .npz, .pt or .pth file: convert it as docs/weights.md "
             "says."
         )
-    if sha256 and not re.fullmatch("[0-9a-f]{64}", sha256):
+    path, data = read_file(source, sha256)
+    return parse(path, data)
+
+
+def read_file(source: str, digest: str = "") -> tuple[epath.Path, bytes]:
+    """Reads a file whose contents are known.
+
+    Args:
+      source: a path (gs:// too) or an http(s) URL. What a URL gives is kept in the folder
+        $WALT_CACHE, or ~/.cache/walt_jax, under its hash.
+      digest: sha256 of the file (64 hex digits), or its git blob id (40); needed for a URL,
+        checked for a path where given.
+
+    Returns:
+      Where it lies, and what it holds.
+
+    Raises:
+      UserError: a missing file, a URL without a hash or one that cannot be reached, a wrong hash.
+    """
+    digest = digest.lower()
+    if digest and not re.fullmatch("[0-9a-f]{64}|[0-9a-f]{40}", digest):
         raise UserError(
-            f"{sha256!r} is no sha256 of {source}: give the 64 hex digits that sha256sum prints."
+            f"{digest!r} is no sha256 of {source}: give the 64 hex digits that sha256sum prints, "
+            "or the 40 of git hash-object."
         )
-    path = epath.Path(_download(source, sha256, suffix) if remote else source).expanduser()
+    remote = source.startswith(("http://", "https://"))
+    path = epath.Path(_download(source, digest) if remote else source).expanduser()
     if not path.exists():
         raise UserError(f"{path} does not exist: give the path or URL of a weights file.")
     try:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error}): give a file.") from error
-    if sha256:
-        _check(hashlib.sha256(data).hexdigest(), sha256, path, "delete it and get it again")
+    if digest:
+        _check(data, digest, path, "delete it and get it again")
+    return path, data
+
+
+def parse(path: epath.Path, data: bytes) -> dict[str, np.ndarray]:
+    """The arrays in the bytes of a file, by its name.
+
+    Raises:
+      UserError: they are not what the name says.
+    """
+    suffix = path.suffix.lower()
     try:
         return _PARSERS[suffix](data)
     except Exception as error:  # on damaged bytes the parsers raise whatever they trip over
@@ -66,6 +96,44 @@ def load_weights(source: str, sha256: str = "") -> dict[str, np.ndarray]:
             f"{path} is damaged, no {suffix} file, or holds what NumPy has no plain type for "
             f"({type(error).__name__}): get it again, or convert it as docs/weights.md says."
         ) from error
+
+
+def taker(tensors: dict[str, np.ndarray], source: str, contents: str) -> Take:
+    """A function that gives the tensor of a name as float32 and checks its shape, if given one.
+
+    Args:
+      tensors: of a file.
+      source: its path or URL.
+      contents: what should be in it, for the message of the UserError that the function raises.
+    """
+
+    def take(name: str, shape: Sequence[int] | None) -> np.ndarray:
+        if name not in tensors:
+            raise UserError(f"{source} has no tensor {name!r}: give a file of {contents}.")
+        if shape is not None and tensors[name].shape != tuple(shape):
+            raise UserError(
+                f"{source}: {name} has the shape {tensors[name].shape} instead of "
+                f"{tuple(shape)}: give a file of {contents}."
+            )
+        return tensors[name].astype(np.float32)
+
+    return take
+
+
+def cache_folder() -> Path:
+    """$WALT_CACHE, or ~/.cache/walt_jax; it need not exist."""
+    return Path(os.environ.get("WALT_CACHE") or "~/.cache/walt_jax").expanduser()
+
+
+def git_blob_id(data: bytes) -> str:
+    """What git calls a file of these bytes."""
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+def _suffix(source: str) -> str:
+    remote = source.startswith(("http://", "https://"))
+    name = urllib.parse.urlsplit(source).path if remote else source
+    return PurePosixPath(name).suffix.lower()
 
 
 def _npz(data: bytes) -> dict[str, np.ndarray]:
@@ -81,22 +149,24 @@ _PARSERS: dict[str, Callable[[bytes], dict[str, np.ndarray]]] = {
 }
 
 
-def _check(found: str, expected: str, where: object, advice: str) -> None:
+def _check(data: bytes, expected: str, where: object, advice: str) -> None:
+    blob = len(expected) == 40
+    found = git_blob_id(data) if blob else hashlib.sha256(data).hexdigest()
     if found != expected:
         raise UserError(
-            f"{where} has the sha256 {found}, but {expected} is expected: it is damaged or another "
-            f"file, so {advice}, or correct the hash."
+            f"{where} has the {'git blob id' if blob else 'sha256'} {found}, but {expected} is "
+            f"expected: it is damaged or another file, so {advice}, or correct the hash."
         )
 
 
-def _download(url: str, sha256: str, suffix: str) -> Path:
+def _download(url: str, digest: str) -> Path:
     """The file of a URL in the cache; it gets its name there once its hash is right."""
-    if not sha256:
+    if not digest:
         raise UserError(
             f"{url} has no sha256: give one with a URL, so that what arrives is what was published."
         )
-    cache = Path(os.environ.get("WALT_CACHE") or "~/.cache/walt_jax").expanduser()
-    path = cache / f"{sha256}{suffix}"
+    cache = cache_folder()
+    path = cache / f"{digest}{_suffix(url)}"
     if path.exists():
         return path
     try:
@@ -104,25 +174,23 @@ def _download(url: str, sha256: str, suffix: str) -> Path:
         # Beside its final place, so that it moves there at once; gone on any failure.
         with tempfile.TemporaryDirectory(prefix="part-", dir=cache) as folder:
             part = Path(folder) / path.name
-            _check(_fetch(url, part), sha256, url, "correct the address")
+            _fetch(url, part)
+            _check(part.read_bytes(), digest, url, "correct the address")
             part.replace(path)
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise UserError(
             f"{url} cannot be downloaded to {cache} ({error}): check both, or fetch the file "
-            "yourself and give its path."
+            f"yourself and give its path, or put it there as {path.name}."
         ) from error
     return path
 
 
-def _fetch(url: str, path: Path) -> str:
-    """Writes what a URL gives to a file, with a progress bar; returns its sha256."""
-    digest = hashlib.sha256()
+def _fetch(url: str, path: Path) -> None:
+    """Writes what a URL gives to a file, with a progress bar."""
     with urllib.request.urlopen(url, timeout=_TIMEOUT) as response, open(path, "wb") as file:
         total = int(response.headers.get("Content-Length") or 0) or None
         name = PurePosixPath(urllib.parse.urlsplit(url).path).name
         with bar(what=name, unit="B", unit_scale=True, total=total) as progress:
             while chunk := response.read(_CHUNK):
-                digest.update(chunk)
                 file.write(chunk)
                 progress.update(len(chunk))
-    return digest.hexdigest()

@@ -1,7 +1,6 @@
 """DiT on ImageNet at 256x256, by class (2212.09748).
 
-    python -m walt_jax.prepare --input imagenet/train --output out/imagenet --short-side 256 \
-        --label-from-folder
+    python -m walt_jax.prepare --input imagenet:IMAGENET --output out/imagenet --short-side 256
     python -m walt_jax.encode --workdir out/tokenizer_4 --output out/imagenet_latents
     python -m walt_jax.train --config configs/family/dit.py --workdir out/dit \
         --config.task.tokenizer=out/tokenizer_4 --config.data.path=out/imagenet_latents

@@ -1,6 +1,6 @@
 """Latte-XL on UCF-101 at 16x256x256, by class (2401.03048).
 
-    python -m walt_jax.prepare --input tfds:ucf101/train --output out/ucf101
+    python -m walt_jax.prepare --input ucf101:UCF --split train01 --output out/ucf101
     python -m walt_jax.encode --workdir out/tokenizer_4 --output out/ucf101_frames --epochs 8 \
         --config.data.path=out/ucf101 --config.data.num_frames=16 --config.data.fps=8.33
     python -m walt_jax.train --config configs/family/latte.py --workdir out/latte \

@@ -11,8 +11,8 @@ says `configs/family/stdit.py`. Every token sees all others, or in `causal` spat
 temporal ones that see no later frame take turns. An image is a video of one frame and joins every
 batch. It is trained by rectified flow, which is as open as everything about Sora; `v` trains the
 same on W.A.L.T's linear betas. Text is read by a byte-level transformer of 1024 features, 26M
-parameters, trained jointly. Patches of many sizes, lengths and aspects in one batch are not in this
-package yet: here all clips have one shape.
+parameters, trained jointly. Here all clips have one shape; `configs/walt_any_size.py:tokens` packs
+patches of many sizes, lengths and aspects into one batch.
 
 Hardware: a TPU pod, `--config.mesh.fsdp=128`; neither run nor measured by us at this size. 400,000
 steps of 256 clips and as many images (our choice) come to 3e21 FLOPs, 10,600 chip-hours of TPU v5e

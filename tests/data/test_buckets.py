@@ -5,7 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from walt_jax.data.buckets import BatchPlan, assign, fit_frames
+from walt_jax.data.buckets import assign, fit_frames
+from walt_jax.data.plan import BatchPlan
 
 BUCKETS = np.array([2] * 5 + [0] * 9 + [7] * 1 + [2] * 4 + [0] * 3)  # not sorted, not dense
 

@@ -1,6 +1,7 @@
 """Cached latents: what the tokenizer says, whoever writes it and however often interrupted."""
 
 import collections
+import dataclasses
 import math
 import os
 import pathlib
@@ -12,8 +13,10 @@ import jax
 import numpy as np
 import pytest
 
+from walt_jax.data.buckets import Bucket, BucketsConfig
 from walt_jax.data.directories import lock_directory
 from walt_jax.data.latents import LATENT_FEATURES, encode_dataset
+from walt_jax.data.packing import PackingConfig, cut
 from walt_jax.data.pipeline import DataConfig, Pipeline
 from walt_jax.data.records import open_dataset, write_dataset
 from walt_jax.errors import UserError
@@ -105,6 +108,41 @@ def test_records_hold_what_the_tokenizer_says(straight, tokenizer, data):
         assert record["tokenizer_hash"] == tokenizer.hash
         assert (record["num_frames"], record["height"], record["width"]) == (3, 4, 4)
         assert record["fps"] == 4.0
+
+
+def test_buckets_make_latents_of_their_shapes_and_packing_reads_them(encode, data, tmp_path):
+    table = BucketsConfig(
+        (Bucket(24, 9, 0.5, 4), Bucket(24, 5, 1.0, 3)), (1.0, 1.5), 8, strides=(2, 4, 4)
+    )
+    data = dataclasses.replace(data, buckets=table, eval_fraction=0.0)
+    latents = encode(tmp_path / "latents", data=data, epochs=1)
+    assert len(latents) == 24
+    shapes = {tuple(latents.index[n][i] for n in ("num_frames", "height", "width"))
+              for i in range(24)}  # fmt: skip
+    assert {t for t, _, _ in shapes} == {5, 3} and {(h, w) for _, h, w in shapes} <= {
+        (n // 4, m // 4) for n, m in table.sizes(24)
+    }
+    assert sorted(latents.index["source"]) == sorted(open_dataset(data.path).index["source"])
+    again = dataclasses.replace(data, path=str(latents.directory))
+    cached = Pipeline(latents, again, batch_size=9, seed=0)
+    sizes = {s["latents"].shape[1:4]: s["latents"].shape[0] for s in cached.shapes()}
+    assert sizes == {shape: 4 if shape[0] == 5 else 3 for shape in shapes}
+    other = dataclasses.replace(again, buckets=dataclasses.replace(table, table=(Bucket(16, 5),)))
+    with pytest.raises(UserError, match=r"which no bucket of config.data.buckets.table makes"):
+        Pipeline(latents, other, batch_size=9, seed=0)
+    packing = PackingConfig((1, 2, 2), 64, 8)
+    packed = Pipeline(
+        latents,
+        dataclasses.replace(again, buckets=None, packing=packing),
+        batch_size=2,
+        seed=0,
+    )
+    batch = next(packed.batches())
+    assert batch["latents"].shape == (2, 64, 1, 2, 2, 4)
+    row = packed.plan(0)[1][0]
+    record = latents.read(row[0].record)
+    blocks = cut(record["latents"], (1, 2, 2))[0]
+    np.testing.assert_array_equal(batch["latents"][0, : len(blocks)], blocks)
 
 
 def test_every_epoch_has_every_video_once(straight, data):

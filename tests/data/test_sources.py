@@ -173,9 +173,28 @@ def test_tfds_directory(tmp_path):
         find_sources(f"tfds:{tmp_path}/toy", label_from_name=True)
 
 
+def test_tfds_images(tmp_path):
+    images = np.random.default_rng(0).integers(0, 255, (3, 16, 24, 3), dtype=np.uint8)
+    features = {
+        "image": tfds.features.Image(shape=(16, 24, 3)),
+        "label": tfds.features.ClassLabel(names=["cat", "dog"]),
+    }
+    examples = [{"image": image, "label": i % 2} for i, image in enumerate(images)]
+    write_tfds(tmp_path / "toy", features, examples)
+    sources = find_sources(f"tfds:{tmp_path / 'toy'}")
+    assert [(s.name, s.label) for s in sources] == [
+        *(("train/000000", "cat"), ("train/000001", "dog"), ("train/000002", "cat"))
+    ]
+    for source, image in zip(sources, images):
+        frames, duration, _ = source.read(None)
+        ((time, frame),) = frames
+        assert (time, duration) == (0.0, 0.0)
+        np.testing.assert_array_equal(frame, image)
+
+
 def test_tfds_without_video(tmp_path):
     write_tfds(tmp_path / "toy", {"x": tfds.features.Scalar(np.int64)}, [{"x": 1}])
-    with pytest.raises(UserError, match="no Video feature, only x"):
+    with pytest.raises(UserError, match="no Video or Image feature, only x"):
         find_sources(f"tfds:{tmp_path}/toy")
     with pytest.raises(UserError, match="cannot be opened"):
         find_sources("tfds:no_such_dataset_anywhere")

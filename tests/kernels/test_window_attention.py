@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from walt_jax.errors import UserError
 from walt_jax.kernels import ExtraKv, resolve_window, window_attention
 from walt_jax.kernels.attention import gpu
 
@@ -172,6 +173,7 @@ def test_bfloat16_keeps_its_dtype_and_the_values(implementation):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("implementation", KERNELS)
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(
     st.tuples(*[st.tuples(st.integers(1, 3), st.integers(1, 2))] * 3),
@@ -180,13 +182,13 @@ def test_bfloat16_keeps_its_dtype_and_the_values(implementation):
     st.sets(st.sampled_from(sorted(ALL))),
     st.integers(0, 2),
 )
-def test_any_shape(axes, num_heads, width, used, causal):
+def test_any_shape(implementation, axes, num_heads, width, used, causal):
     """A window of some tokens along each axis, some windows along each."""
     grid, window = [w * n for w, n in axes], [w for w, _ in axes]
     shape = (2, *grid, num_heads * width)
     arrays, call = arguments(window, used, causal, shape, num_heads)
     wanted = result_and_gradients(dense, arrays, call)
-    attention = functools.partial(window_attention, implementation="xla")
+    attention = functools.partial(window_attention, implementation=implementation)
     check(result_and_gradients(attention, arrays, call), wanted, 2e-5)
 
 
@@ -274,3 +276,24 @@ def test_no_gradient_from_hidden_frames(causal, frames, implementation):
     grads = jax.jit(jax.grad(out, (0, 1)))(k, v)
     reached = sum(np.abs(np.asarray(g)) for g in grads)
     assert [t for t in range(3) if reached[:, t].any()] == frames
+
+
+def test_a_mask_for_each_token():
+    """Each token's result is that of its own mask for all; what no token sees may be anything."""
+    keys = jax.random.split(jax.random.key(0), 5)
+    shape = (2, 1, 2, 3, 8)
+    q, k, v = (jax.random.normal(key, shape) for key in keys[:3])
+    extra_k, extra_v = (jax.random.normal(key, (2, 4, 8)) for key in keys[3:])
+    mask = np.random.default_rng(0).random((*shape[:4], 4)) < 0.5
+    mask[..., 3] = False
+    extra_k = extra_k.at[:, 3].set(jnp.nan)
+    attend = functools.partial(window_attention, num_heads=2, window=(1, 2, 0))
+    for queries in ((q, k, v), (q,)):
+        out = attend(*queries, extra_kv=ExtraKv(extra_k, extra_v, mask))
+        for h, w in np.ndindex(2, 3):
+            alone = attend(*queries, extra_kv=ExtraKv(extra_k, extra_v, mask[:, 0, h, w]))
+            np.testing.assert_allclose(out[:, 0, h, w], alone[:, 0, h, w], rtol=1e-5, atol=1e-6)
+    with pytest.raises(UserError, match="extra keys with a mask for each token"):
+        attend(q, k, v, extra_kv=ExtraKv(extra_k, extra_v, mask), implementation="pallas_tpu")
+    with pytest.raises(UserError, match=r"extra_kv\.mask is \(2, 1, 2, 3, 4\)"):
+        attend(q, k, v, extra_kv=ExtraKv(extra_k, extra_v, mask[:, :, :1]))

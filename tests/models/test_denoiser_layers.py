@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from walt_jax.models import Network
-from walt_jax.models.denoiser.layers import gelu, layer_norm, linear
+from walt_jax.models.denoiser.layers import gelu, layer_norm, linear, over
 
 
 def _value_and_gradients(function, *arguments):
@@ -57,3 +57,30 @@ def test_a_dense_layer_computes_in_its_own_dtype():
     assert dense(x).dtype == jnp.bfloat16
     gradient = jax.grad(lambda x: dense(x).astype(jnp.float32).sum())(x)
     assert gradient.dtype == jnp.float32
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 1e-2)])
+@pytest.mark.parametrize("shape", [(24,), (2, 24)])
+def test_repeated_vectors(shape, dtype, tolerance):
+    x = jnp.zeros((2, 3, 5, 4, 24), dtype)
+    vectors = jax.random.normal(jax.random.key(0), shape).astype(dtype)
+    places = (slice(None),) * (len(shape) - 1) + (None,) * (5 - len(shape))
+    found = _value_and_gradients(lambda v: over(x, v), vectors)
+    wanted = _value_and_gradients(
+        lambda v: jnp.broadcast_to(v[places].astype("f4"), x.shape), vectors
+    )
+    assert found[1][0].dtype == vectors.dtype and found[1][0].shape == shape
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted)):
+        scale = float(jnp.abs(b).max())
+        np.testing.assert_allclose(a.astype("f4"), b.astype("f4"), atol=tolerance * scale)
+
+
+def test_parts_of_a_dense_layer_are_its_result_split():
+    network = Network.of(lambda rngs: linear(8, 12, jnp.float32, rngs))
+    module = network.bind(network.init(jax.random.key(0)))
+    x = jax.random.normal(jax.random.key(1), (2, 5, 8))
+    whole = module(x)
+    for first in (0, 2):
+        parts = module.parts(x, 3, first=first)
+        assert len(parts) == 3 - first
+        np.testing.assert_allclose(jnp.concatenate(parts, -1), whole[..., 4 * first :], rtol=1e-6)

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 
 from walt_jax.errors import UserError
 from walt_jax.kernels import ExtraKv, window_attention
+from walt_jax.kernels.attention import tpu
 from walt_jax.parallel import MeshConfig, make_mesh, sharded_attention
 from walt_jax.parallel.sharding import TOKENS
 
@@ -77,6 +78,27 @@ def test_a_mesh_changes_nothing(window, options, mesh):
     ours, whole = (_run(f, given, window, causal=causal) for f in (divided, window_attention))
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(whole)):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [(1, 0, 0), (0, 4, 8)])
+def test_the_kernels_of_tpus_run_on_a_mesh(window, monkeypatch):
+    """Interpreted; rows are exchanged for heads in the first window."""
+    monkeypatch.setattr(tpu, "attention", functools.partial(tpu.attention, interpret=True))
+    keys = jax.random.split(jax.random.key(0), 4)
+    qkv = [jax.random.normal(key, (2, 1, 8, 8, 8 * 64)) for key in keys[:3]]
+    tokens = np.prod([w or g for w, g in zip(window, (1, 8, 8))])
+    bias = jax.random.normal(keys[3], (8, tokens, tokens))
+
+    def gradients(attention, **options):
+        def loss(qkv, bias):
+            return jnp.sin(attention(*qkv, num_heads=8, window=window, bias=bias, **options)).sum()
+
+        return jax.jit(jax.grad(loss, (0, 1)))(qkv, bias)
+
+    divided = functools.partial(sharded_attention, make_mesh(MESHES["all axes"]))
+    ours = gradients(divided, implementation="pallas_tpu")
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(gradients(window_attention))):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_plain_cross_attention_stays_where_it_is():

@@ -131,13 +131,13 @@ def test_fsdp_and_tensor_really_shard():
     )
     shardings = state_shardings(shapes, mesh)
     spec = shardings.params["stages"][0]["layers"][0]["attentions"][0]["qkv"]["kernel"].spec
-    assert tuple(spec) == (None, "fsdp", "tensor")
+    assert tuple(spec) == (None, ("fsdp", "tensor"), None)
     moments = [
         s.spec
         for path, s in jax.tree_util.tree_leaves_with_path(shardings.opt_state)
         if "qkv" in jax.tree_util.keystr(path) and "kernel" in jax.tree_util.keystr(path)
     ]
-    assert len(moments) == 4 and all("tensor" in s for s in moments)  # mu and nu, two layers
+    assert len(moments) == 4 and all(s == spec for s in moments)  # mu and nu, two layers
 
 
 def test_a_tokenizer_gathers_its_weights_and_a_denoiser_keeps_tensor():
@@ -156,7 +156,20 @@ def test_a_tokenizer_gathers_its_weights_and_a_denoiser_keeps_tensor():
     network, label = DENOISER.network, Conditions(label=t)
     program = jax.make_jaxpr(lambda p: network.bind(p)(z, t, label, layout))(network.shapes())
     kept = re.findall(r"spec=P\([^)]*'tensor'", str(program))
-    assert len(kept) == 2 * 6  # all of a layer's matrices
+    assert len(kept) == 2 * 5  # a layer's matrices, but that of queries, keys and values
+
+
+def test_tensor_moves_no_columns_of_queries_keys_and_values():
+    mesh = make_mesh(MeshConfig(data=4, fsdp=1, tensor=2))
+    z, t = jnp.zeros((8, 3, 4, 4, 8)), jnp.zeros((8,), jnp.int32)
+    network, layout = DENOISER.network, Layout(mesh)
+    shapes = network.shapes()
+    shardings = state_shardings(shapes, mesh)
+    forward = jax.jit(
+        lambda p: network.bind(p)(z, t, Conditions(label=t), layout), in_shardings=(shardings,)
+    )
+    program = forward.lower(shapes).compile().as_text()
+    assert "all-reduce" in program and "collective-permute" not in program
 
 
 def test_the_tokenizer_learns_one_batch():

@@ -4,6 +4,7 @@ A record holds a clip's normalised latents as float16 or, where the tokenizer ha
 codes packed to `latent_channels` bits each; and the tokenizer's hash. `Pipeline` reads both.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -86,6 +87,7 @@ def encode_dataset(
             f"epochs={epochs}, batch_size={batch_size} and batches_per_shard={batches_per_shard} "
             "must be at least 1."
         )
+    data = dataclasses.replace(data, max_broken=0.0)  # latents of another video are no stand-in
     # In the records' order: so a row is known that only fills up a batch.
     pipeline = Pipeline(dataset, data, batch_size=batch_size, seed=seed, split="all", shuffle=False)
     config = tokenizer.config
@@ -103,6 +105,8 @@ def encode_dataset(
         "seed": seed,
         "batches_per_shard": batches_per_shard,
     }
+    if data.buckets is not None:
+        settings["buckets"] = dataclasses.asdict(data.buckets)
     batches = range(epochs * pipeline.batches_per_epoch)
     shards = [batches[k : k + batches_per_shard] for k in batches[::batches_per_shard]]
     features = CODE_FEATURES if discrete else LATENT_FEATURES

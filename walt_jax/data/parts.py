@@ -16,10 +16,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import tensorflow_datasets as tfds
-from jax.experimental import multihost_utils
 
 from walt_jax.config import differences
 from walt_jax.data.directories import check_free, empty_directory, lock_directory
@@ -31,6 +29,62 @@ _PLAN = "plan.json"
 _MESSAGE = 2**16  # bytes; what is broadcast has one shape on all processes
 
 
+class PartStore:
+    """The folder of the parts; what a process on any machine needs to write one of them.
+
+    Attributes:
+      folder: where they lie.
+      settings: JSON values; a part written with others does not count.
+    """
+
+    def __init__(
+        self, folder: Path, features: tfds.features.FeaturesDict, settings: Mapping[str, Any]
+    ) -> None:
+        self.folder = folder
+        self.settings = json.loads(json.dumps(settings))  # as they come back: lists for tuples
+        self._features = features
+
+    def path(self, part: int) -> Path:
+        """Where a part is."""
+        return self.folder / f"{part:05d}"
+
+    def write(
+        self,
+        part: int,
+        examples: Iterable[Mapping[str, Any]],
+        note: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Writes a part; it is there when all of it is.
+
+        Args:
+          part: its number.
+          examples: its records.
+          note: JSON values to keep with it, which may be filled while the examples come; a part
+            that has a note may have no example.
+        """
+        metadata = {"settings": self.settings, "note": note}
+        with DatasetWriter(
+            self.path(part),
+            self._features,
+            metadata=metadata,
+            overwrite=True,
+            may_be_empty=note is not None,
+        ) as writer:
+            for example in examples:
+                writer.write(example)
+
+    def is_whole(self, part: int) -> bool:
+        """Whether a part is there, all of it, with these settings."""
+        try:
+            return open_dataset(self.path(part)).metadata.get("settings") == self.settings
+        except UserError:
+            return False
+
+    def note(self, part: int) -> dict[str, Any]:
+        """What was noted with a part."""
+        return open_dataset(self.path(part)).metadata["note"]
+
+
 class Parts:
     """The parts of a dataset, as one of the processes that write them sees them.
 
@@ -39,6 +93,7 @@ class Parts:
 
     Attributes:
       mine: the numbers of the parts that this process writes, a range.
+      store: where they are written, from any process.
     """
 
     def __init__(
@@ -62,13 +117,13 @@ class Parts:
           overwrite: replace a dataset in `directory`, and begin anew.
         """
         self.directory = Path(directory).absolute()
-        self._folder = self.directory.with_name(self.directory.name + ".parts")
+        self._folder = parts_folder(self.directory)
         self._plan = self._folder / _PLAN
-        self._features, self._overwrite = features, overwrite
-        self._settings = json.loads(json.dumps(settings))  # as they come back: lists for tuples
-        self._paths = [self._folder / f"{i:05d}" for i in range(num_parts)]
+        self._features, self._overwrite, self._num_parts = features, overwrite, num_parts
+        self.store = PartStore(self._folder, features, settings)
+        self._settings = self.store.settings
         index, count = process
-        self._first = index == 0
+        self._first, self._alone = index == 0, count == 1
         self.mine = range(num_parts * index // count, num_parts * (index + 1) // count)
 
     def __enter__(self) -> "Parts":
@@ -82,7 +137,8 @@ class Parts:
                 self._begin()
             except UserError as e:
                 error = str(e)
-        error, settings, self._joined = _broadcast([error, self._settings, self._joined])
+        shared = [error, self._settings, self._joined]
+        error, settings, self._joined = shared if self._alone else _broadcast(shared)
         if error:
             raise UserError(error)
         if diff := self._changes(settings):
@@ -95,16 +151,20 @@ class Parts:
 
     def missing(self) -> list[int]:
         """Those of `mine` that are not there, or damaged."""
-        return [] if self._joined else [i for i in self.mine if not self._is_whole(self._paths[i])]
+        return [] if self._joined else [i for i in self.mine if not self.store.is_whole(i)]
 
     def write(self, part: int, examples: Iterable[Mapping[str, Any]]) -> None:
         """Writes a part; it is there when all of it is."""
-        metadata = {"settings": self._settings}
-        with DatasetWriter(
-            self._paths[part], self._features, metadata=metadata, overwrite=True
-        ) as writer:
-            for example in examples:
-                writer.write(example)
+        self.store.write(part, examples)
+
+    @property
+    def joined(self) -> bool:
+        """Whether the dataset is there already, and only its parts are still to be removed."""
+        return self._joined
+
+    def discard(self) -> None:
+        """Removes the parts."""
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def finish(self, **kwargs: Any) -> Dataset:
         """Waits for the other processes' parts and makes them the dataset.
@@ -121,18 +181,18 @@ class Parts:
         return open_dataset(self.directory)
 
     def _join(self, **kwargs: Any) -> None:
-        left = self._paths
+        left = list(range(self._num_parts))
 
         def complete() -> bool:
             nonlocal left
-            left = [path for path in left if not self._is_whole(path)]
+            left = [part for part in left if not self.store.is_whole(part)]
             return not left
 
         _wait(complete, "the other processes")
         kwargs["overwrite"] = self._overwrite
         with DatasetWriter(self.directory, self._features, **kwargs) as writer:
-            for path in self._paths:
-                writer.add(open_dataset(path))
+            for part in map(self.store.path, range(self._num_parts)):
+                writer.add(open_dataset(part))
             shutil.copy(self._plan, writer.partial / _PLAN)
 
     def _begin(self) -> None:
@@ -153,7 +213,7 @@ class Parts:
             check_free(self.directory, self._overwrite)
         self._lock = lock_directory(self._folder)
         if resumes:
-            logger.info("goes on: %d of %d shards are there", len(found), len(self._paths))
+            logger.info("goes on: %d of %d shards are there", len(found), self._num_parts)
             return
         empty_directory(self._folder)
         plan = {"settings": self._settings, "overwrite": self._overwrite, "id": uuid.uuid4().hex}
@@ -161,15 +221,22 @@ class Parts:
         temporary.write_text(json.dumps(plan, indent=2) + "\n")
         temporary.replace(self._plan)
 
-    def _is_whole(self, path: Path) -> bool:
-        try:
-            return open_dataset(path).metadata.get("settings") == self._settings
-        except UserError:
-            return False
-
     def _changes(self, settings: Mapping[str, Any]) -> str:
         diff = differences(settings, self._settings)
         return "; ".join(f"{k}: {a!r} -> {b!r}" for k, (a, b) in diff.items())
+
+
+def parts_folder(directory: Path) -> Path:
+    """Where the parts of a dataset lie until it is whole."""
+    return directory.with_name(directory.name + ".parts")
+
+
+def begun_with(directory: Path) -> dict[str, Any] | None:
+    """The settings of what was begun and not finished for a dataset; None if nothing was."""
+    try:
+        return json.loads((parts_folder(directory) / _PLAN).read_text())["settings"]
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def _wait(condition: Callable[[], bool], what: str) -> None:
@@ -187,6 +254,9 @@ def _wait(condition: Callable[[], bool], what: str) -> None:
 
 def _broadcast(value: Any) -> Any:
     """The first process's JSON value, on every process."""
+    import jax  # `prepare` and its workers do without
+    from jax.experimental import multihost_utils
+
     if jax.process_count() == 1:
         return value
     text = json.dumps(value).encode().ljust(_MESSAGE, b"\0")

@@ -5,11 +5,12 @@ two, so that the position in the data is one number, and any number of processes
 batches, each its own rows.
 """
 
-import collections
 import dataclasses
+import functools
 import hashlib
 import itertools
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import grain.python as grain
@@ -19,15 +20,19 @@ from absl import flags
 from jax.sharding import NamedSharding
 
 from walt_jax.data import buckets
+from walt_jax.data.assignment import assign_records, refuse_empty, sides_of, why_none_fits
+from walt_jax.data.buckets import BucketsConfig
+from walt_jax.data.feeding import HostBatch, Share, on_devices, stacked
+from walt_jax.data.packing import PackingConfig, PackPlan, fill_row
+from walt_jax.data.plan import BatchPlan
 from walt_jax.data.records import Dataset, decode_frames
+from walt_jax.data.replacement import BrokenRecords, Replacing
 from walt_jax.errors import UserError
 from walt_jax.models.text import to_bytes
 from walt_jax.models.tokenizer.quantizers import Lfq, unpack_codes
 from walt_jax.parallel.sharding import local_rows
 
-HostBatch = dict[str, np.ndarray]
 _CLIP = 2  # tag of the random draws of a clip
-IMAGES = "image/"  # before the names of a joint batch's images
 _ENDLESS = 2**40  # grain wants a length; training stops long before
 
 
@@ -41,8 +46,12 @@ class DataConfig:
       num_frames: frames of a clip.
       fps: frames a second that a clip is sampled at, nearest in time; 0 takes every frame.
       sizes: (height, width) of the buckets; a video goes to the one of nearest aspect.
+      buckets: a table of buckets by resolution and length, instead of `num_frames` and `sizes`.
+      packing: cached latents of any size share the rows of a batch, instead of buckets.
       caption_bytes: a caption's bytes that a batch holds, for what reads text; longer ones are cut.
       eval_fraction: share of the source videos held out, at least one; chosen by their names.
+      max_broken: share of the split's records that may turn out to be broken; each is replaced by
+        another one, and with more of them the run stops.
       num_workers: processes that decode; 0 decodes in threads of this one.
       num_threads: threads that decode in each process.
     """
@@ -51,8 +60,11 @@ class DataConfig:
     num_frames: int = 17
     fps: float = 8.0
     sizes: tuple[tuple[int, int], ...] = ((128, 128),)
+    buckets: BucketsConfig | None = None
+    packing: PackingConfig | None = None
     caption_bytes: int = 0
     eval_fraction: float = 0.05
+    max_broken: float = 0.01
     num_workers: int = 0
     num_threads: int = 8
 
@@ -67,45 +79,55 @@ class DataConfig:
             raise UserError(
                 f"config.data.eval_fraction must lie in [0, 1), got {self.eval_fraction}."
             )
+        if not 0 <= self.max_broken <= 1:
+            raise UserError(f"config.data.max_broken must lie in [0, 1], got {self.max_broken}.")
         if not self.sizes or any(side < 1 for size in self.sizes for side in size):
             raise UserError(f"config.data.sizes must name (height, width) pairs, got {self.sizes}.")
+        if self.buckets is not None and self.packing is not None:
+            raise UserError("config.data has buckets and packing: set one of them to None.")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Row:
-    record: int
+    record: Any  # its number, or what a packed row holds
     bucket: int
     seed: tuple[int, ...]
 
 
+@dataclasses.dataclass(frozen=True)
 class _Rows:
     """Random access to this process's rows of all batches: a source for grain."""
 
-    def __init__(self, plan: buckets.BatchPlan, rows: tuple[int, int], seed: int) -> None:
-        self._plan, self._rows, self._seed = plan, rows, seed
+    plan: BatchPlan | PackPlan
+    share: Share
+    seed: int
 
     def __len__(self) -> int:
         return _ENDLESS
 
     def __getitem__(self, i: int) -> _Row:
-        first, stop = self._rows
-        k, row = divmod(i, stop - first)
-        bucket, records = self._plan(k)
-        return _Row(int(records[first + row]), bucket, (self._seed, _CLIP, k, first + row))
+        share = self.share
+        k = self.plan.batch_of(i * share.total // (share.stop - share.first))
+        bucket, records = self.plan(k)
+        within = i - share.rows(self.plan.first_row(k))
+        row = len(records) * share.first // share.total + within
+        return _Row(records[row], bucket, (self.seed, _CLIP, k, row))
 
 
 class _CutClip:
     """Decodes one clip of a video record: random start, target fps, bucket's size."""
 
-    def __init__(self, dataset: Dataset, config: DataConfig) -> None:
-        self._dataset, self._config = dataset, config
+    def __init__(
+        self, dataset: Dataset, config: DataConfig, shapes: Sequence[tuple[int, int, int]]
+    ) -> None:
+        self._dataset, self._config, self._shapes = dataset, config, shapes
 
     def __call__(self, row: _Row) -> dict[str, Any]:
         record = self._dataset.read(row.record)
         config, times = self._config, record["timestamps"]
-        rng = np.random.default_rng(row.seed)
-        frames = clip_frames(times, config.num_frames, config.fps, rng.random())
-        video = buckets.fit_frames(decode_frames(record, frames), config.sizes[row.bucket])
+        rng, (num_frames, *size) = np.random.default_rng(row.seed), self._shapes[row.bucket]
+        frames = clip_frames(times, num_frames, config.fps, rng.random())
+        video = buckets.fit_frames(decode_frames(record, frames), size)
         return {
             "video": video,
             "label": np.int32(record["label"]),
@@ -134,6 +156,20 @@ class _ReadLatents:
             "fps": np.float32(record["fps"]),
             **_caption(record, self._config),
         }
+
+
+class _PackRow:
+    """Reads the videos of a packed row; captions are left out, their bytes are not."""
+
+    def __init__(self, dataset: Dataset, config: DataConfig, seed: int) -> None:
+        self._read, self._config, self._seed = _ReadLatents(dataset, config), config, seed
+
+    def __call__(self, row: _Row) -> HostBatch:
+        def read(record: int) -> dict[str, Any]:
+            clip = self._read(dataclasses.replace(row, record=record))
+            return {k: v for k, v in clip.items() if k not in ("caption", "codes")}
+
+        return fill_row(row.record, read, self._config.packing, self._seed)
 
 
 def _caption(record: dict[str, Any], config: DataConfig) -> dict[str, Any]:
@@ -176,8 +212,11 @@ class Pipeline:
     """Batches of one split of a dataset.
 
     Attributes:
-      dataset: the records read.
-      left_out: videos too short for a clip.
+      dataset: the records read; cached: whether they are latents.
+      records: the numbers of those in the split.
+      assignment: the bucket of each of them.
+      plan: which of them make batch k.
+      left_out: videos too short for a clip, or too small for every bucket.
     """
 
     def __init__(
@@ -191,12 +230,14 @@ class Pipeline:
         shuffle: bool = True,
     ) -> None:
         self.dataset, self.config, self._batch_size, self._seed = dataset, config, batch_size, seed
-        self._latents = dataset.metadata.get("kind") == "latents"
-        index = dataset.index
-        fits = np.ones(len(dataset), bool) if self._latents else _long_enough(index, config)
+        self.cached = dataset.metadata.get("kind") == "latents"
+        assign = functools.partial(
+            assign_records, dataset, config, batch_size=batch_size, seed=seed, shuffle=shuffle
+        )
+        fits = assign(np.arange(len(dataset))).taken
         # Of those that fit alone, as the latents made of them are.
         chosen = np.flatnonzero(fits)
-        chosen = chosen[_split(index["source"][chosen], config.eval_fraction, split)]
+        chosen = chosen[in_split(dataset.index["source"][chosen], config.eval_fraction, split)]
         self.left_out = int(np.sum(~fits))
         if not chosen.size and fits.any():
             raise UserError(
@@ -205,66 +246,103 @@ class Pipeline:
                 "add videos."
             )
         if not chosen.size:
-            raise UserError(
-                f"{dataset.directory} has no video for the {split} split "
-                f"({self.left_out} of {len(dataset)} are shorter than {config.num_frames} frames "
-                f"at {config.fps or 'their own'} fps): lower config.data.num_frames, raise "
-                "config.data.fps, or add videos."
-            )
-        assigned = self._assign(index, chosen)
-        self.plan = _Subset(buckets.BatchPlan(assigned, batch_size, seed, shuffle=shuffle), chosen)
-        self._used = np.unique(assigned, return_counts=True)
+            why = why_none_fits(config, self.left_out, len(dataset))
+            raise UserError(f"{dataset.directory} has no video for the {split} split{why}")
+        self.records, self.assignment = chosen, assign(chosen)
+        if config.buckets is not None and not self.cached and split != "eval":
+            refuse_empty(dataset, config, self.assignment)
+        self._broken = BrokenRecords(str(dataset.directory), len(chosen), config.max_broken)
+        options = {"shuffle": shuffle, "records": chosen}
+        if config.packing is not None:
+            blocks = config.packing.count(sides_of(dataset, chosen))
+            self.plan = PackPlan(blocks, config.packing, batch_size, seed, **options)
+        else:
+            sizes = self.assignment.batch_sizes
+            self.plan = BatchPlan(self.assignment.buckets, sizes, seed, **options)
 
     @property
     def batches_per_epoch(self) -> int:
-        """Batches in which every video of the split appears."""
+        """Batches in which every video of the split appears, but those that an epoch leaves out."""
         return self.plan.batches_per_epoch
 
+    @property
+    def broken(self) -> dict[str, str]:
+        """The records that could not be decoded until now: what names each, and the reason."""
+        return self._broken.reasons
+
+    def num_clips(self, k: int) -> int:
+        """Videos in batch k."""
+        rows = self.plan(k)[1]
+        return len(rows) if self.config.packing is None else sum(map(len, rows))
+
     def keys(self, k: int) -> list[str]:
-        """The records of batch k, a row each: `source@start`."""
-        _, records = self.plan(k)
+        """The records of batch k, a row each: `source@start`, of packed videos several."""
+        _, rows = self.plan(k)
         index = self.dataset.index
         starts = index["start"] if "start" in index else np.zeros(len(self.dataset))
-        return [f"{index['source'][i]}@{starts[i]:g}" for i in records]
+
+        def named(i: int) -> str:
+            return f"{index['source'][i]}@{starts[i]:g}"
+
+        if self.config.packing is None:
+            return [named(i) for i in rows]
+        return [" + ".join(map(named, row)) for row in rows]
 
     def describe(self) -> str:
         """One line: clips, buckets, what was left out."""
-        counts = ", ".join(f"{n} in {s}" for s, n in self._bucket_counts().items())
-        short = f"; {self.left_out} too short for a clip" if self.left_out else ""
+        if self.config.packing is not None:
+            return self._describe_packing()
+        shapes, expected = self.assignment.shapes, self.assignment.expected
+        plain = not self.cached and self.config.buckets is None
+        names = ["x".join(map(str, shape[1:] if plain else shape)) for shape in shapes]
+        counts = ", ".join(f"{round(expected[i])} in {names[i]}" for i in self.assignment.used)
+        why = "too short for a clip" if plain else "too small or short for every bucket"
+        short = f"; {self.left_out} {why}" if self.left_out else ""
         return f"{self.dataset.directory}: {counts}{short}"
 
     def shapes(self) -> list[dict[str, jax.ShapeDtypeStruct]]:
-        """The whole batch's arrays, for every bucket that has records."""
-        b, n = self._batch_size, self.config.num_frames
-        common = {
-            "label": jax.ShapeDtypeStruct((b,), np.int32),
-            "fps": jax.ShapeDtypeStruct((b,), np.float32),
-        }
+        """The whole batch's arrays, for every bucket that a record may go to."""
+        return [self._arrays(i) for i in self.assignment.used]
+
+    def _arrays(self, bucket: int) -> dict[str, jax.ShapeDtypeStruct]:
+        b, shape = self.assignment.batch_sizes[bucket], self.assignment.shapes[bucket]
+        metadata, packing = self.dataset.metadata, self.config.packing
+        arrays = {"label": ((), np.int32), "fps": ((), np.float32)}
         if length := self.config.caption_bytes:
-            common["text"] = jax.ShapeDtypeStruct((b, length), np.uint8)
-        if self._latents:
-            metadata = self.dataset.metadata
-            latents = [(b, *map(int, self._latent_shapes[i])) for i in self._used[0]]
-            shapes = [{"latents": (s, np.dtype(metadata["dtype"]))} for s in latents]
-            if "codes" in metadata:
-                shapes = [d | {"codes": (s[:-1], np.int32)} for d, s in zip(shapes, latents)]
+            arrays["text"] = ((length,), np.uint8)
+        if packing is not None:
+            arrays = {n: ((packing.videos, *s), dtype) for n, (s, dtype) in arrays.items()}
+            arrays |= packing.arrays(metadata["latent_channels"], metadata["dtype"])
+        elif not self.cached:
+            arrays["video"] = ((*shape, 3), np.uint8)
         else:
-            sizes = [self.config.sizes[i] for i in self._used[0]]
-            shapes = [{"video": ((b, n, *size, 3), np.uint8)} for size in sizes]
-        return [
-            {name: jax.ShapeDtypeStruct(*s) for name, s in arrays.items()} | common
-            for arrays in shapes
-        ]
+            arrays["latents"] = (shape, np.dtype(metadata["dtype"]))
+            if "codes" in metadata:
+                arrays["codes"] = (shape[:-1], np.int32)
+        return {n: jax.ShapeDtypeStruct((b, *s), dtype) for n, (s, dtype) in arrays.items()}
 
     def batches(self, start: int = 0, rows: tuple[int, int] | None = None) -> Iterator[HostBatch]:
-        """Batches `start`, `start` + 1, ... for ever; of each the given rows (default: all)."""
-        rows = rows or (0, self._batch_size)
-        local = rows[1] - rows[0]
-        cut = (_ReadLatents if self._latents else _CutClip)(self.dataset, self.config)
-        source = grain.MapDataset.source(_Rows(self.plan, rows, self._seed))
-        clips = source.slice(slice(start * local, None)).map(cut)
+        """Batches `start`, `start` + 1, ... for ever; of each the given rows (default: all).
+
+        The rows are those of a batch of `batch_size`; of others as large a part.
+        """
+        share = Share(*(rows or (0, self._batch_size)), self._batch_size)
+        return self._read(start, share)
+
+    def _read(self, start: int, share: Share) -> Iterator[HostBatch]:
+        if self.config.packing is not None:
+            cut = _PackRow(self.dataset, self.config, self._seed)
+        elif self.cached:
+            cut = _ReadLatents(self.dataset, self.config)
+        else:
+            cut = _CutClip(self.dataset, self.config, self.assignment.shapes)
+        source = grain.MapDataset.source(_Rows(self.plan, share, self._seed))
+        clips = source.slice(slice(share.rows(self.plan.first_row(start)), None)).map(
+            Replacing(cut, self.plan)
+        )
+        most = share.rows(max(self.assignment.batch_sizes))
         options = grain.ReadOptions(
-            num_threads=self.config.num_threads, prefetch_buffer_size=max(local, 16)
+            num_threads=self.config.num_threads, prefetch_buffer_size=max(most, 16)
         )
         clips = clips.to_iter_dataset(options)
         if self.config.num_workers:
@@ -273,52 +351,34 @@ class Pipeline:
             clips = clips.mp_prefetch(
                 grain.MultiprocessingOptions(num_workers=self.config.num_workers)
             )
-        return iter(clips.batch(local))
+        counts = (share.rows(len(self.plan(k)[1])) for k in itertools.count(start))
+        return self._broken.counted(stacked(iter(clips), counts))
 
     def on_devices(
         self, sharding: NamedSharding, start: int = 0, ahead: int = 2
     ) -> Iterator[dict[str, jax.Array]]:
         """Batches as global arrays, `ahead` of them on the way to the devices; without strings."""
-        return _on_devices(self, sharding, self._batch_size, start, ahead)
+        # The devices divide every batch, so that they divide this one.
+        total = math.gcd(*(self.assignment.batch_sizes[i] for i in self.assignment.used))
+        share = Share(*local_rows(sharding, total), total)
+        return on_devices(self._read(start, share), sharding, share, ahead)
 
-    def _bucket_counts(self) -> dict[str, int]:
-        sizes = self._latent_shapes if self._latents else self.config.sizes
-        return {"x".join(map(str, sizes[i])): int(n) for i, n in zip(*self._used)}
-
-    def _assign(self, index: dict[str, np.ndarray], records: np.ndarray) -> np.ndarray:
-        if not self._latents:
-            return buckets.assign(
-                index["height"][records], index["width"][records], self.config.sizes
-            )
-        columns = [index[c][records] for c in ("num_frames", "height", "width")]
-        channels = np.full(len(records), self.dataset.metadata["latent_channels"])
-        self._latent_shapes, assigned = np.unique(
-            np.stack([*columns, channels], 1), axis=0, return_inverse=True
+    def _describe_packing(self) -> str:
+        packing, rows = self.config.packing, self.plan.epoch(0)
+        kept = sum(video.kept for row in rows for video in row)
+        sides = sides_of(self.dataset, self.records)
+        blocks = packing.count(sides).sum()
+        cut_off = 1.0 - blocks * math.prod(packing.block) / np.prod(sides, axis=1).sum()
+        out = f"; {self.left_out} smaller than a block or larger than a row" * (self.left_out > 0)
+        return (
+            f"{self.dataset.directory}: {len(self.records)} videos in {len(rows)} rows of "
+            f"{packing.blocks} blocks of {'x'.join(map(str, packing.block))}; padding "
+            f"{1.0 - kept / (len(rows) * packing.blocks):.1%}, cut off {cut_off:.1%}, dropped "
+            f"{1.0 - kept / blocks:.1%}{out}"
         )
-        return assigned.reshape(-1)
 
 
-class _Subset:
-    """A plan over some of the records, in the dataset's own numbering."""
-
-    def __init__(self, plan: buckets.BatchPlan, records: np.ndarray) -> None:
-        self._plan, self._records = plan, records
-        self.batches_per_epoch = plan.batches_per_epoch
-
-    def __call__(self, k: int) -> tuple[int, np.ndarray]:
-        bucket, rows = self._plan(k)
-        return bucket, self._records[rows]
-
-
-def _long_enough(index: dict[str, np.ndarray], config: DataConfig) -> np.ndarray:
-    if not config.fps:
-        return index["num_frames"] >= config.num_frames
-    # Half a frame short still has a nearest frame for every time.
-    last = (index["num_frames"] - 1) / index["fps"]
-    return last + 0.5 / config.fps >= (config.num_frames - 1) / config.fps
-
-
-def _split(sources: np.ndarray, fraction: float, split: str) -> np.ndarray:
+def in_split(sources: np.ndarray, fraction: float, split: str) -> np.ndarray:
     """Which records belong to the split: whole source videos, in the order of their names' hashes.
 
     So videos and the latents made of them are split alike.
@@ -328,60 +388,3 @@ def _split(sources: np.ndarray, fraction: float, split: str) -> np.ndarray:
     names = sorted(set(sources.tolist()), key=lambda s: hashlib.sha256(s.encode()).digest())
     held_out = names[: max(1, round(fraction * len(names)))]
     return np.isin(sources, held_out) == (split == "eval")
-
-
-class Joint:
-    """Batches of videos that also hold images: the two go through the step together.
-
-    An image is a clip of one frame. The arrays of a batch of images are added to those of the
-    videos under names that begin with `image/`.
-    """
-
-    def __init__(self, videos: Pipeline, images: Pipeline) -> None:
-        self._videos, self._images = videos, images
-
-    @property
-    def pipelines(self) -> list[Pipeline]:
-        """Of the videos and of the images."""
-        return [self._videos, self._images]
-
-    def describe(self) -> str:
-        """One line for both."""
-        return f"{self._videos.describe()}; images from {self._images.describe()}"
-
-    def shapes(self) -> list[dict[str, jax.ShapeDtypeStruct]]:
-        """Every bucket of videos with every bucket of images."""
-        both = itertools.product(self._videos.shapes(), self._images.shapes())
-        return [_beside(videos, images) for videos, images in both]
-
-    def on_devices(self, sharding: NamedSharding, start: int = 0) -> Iterator[dict[str, jax.Array]]:
-        """As `Pipeline.on_devices`."""
-        both = zip(*(p.on_devices(sharding, start) for p in (self._videos, self._images)))
-        return (_beside(videos, images) for videos, images in both)
-
-
-def _beside(videos: dict[str, Any], images: dict[str, Any]) -> dict[str, Any]:
-    return videos | {f"{IMAGES}{name}": array for name, array in images.items()}
-
-
-def _on_devices(
-    pipeline: Pipeline, sharding: NamedSharding, batch_size: int, start: int, ahead: int
-) -> Iterator[dict[str, jax.Array]]:
-    rows = local_rows(sharding, batch_size)
-    batches = pipeline.batches(start, rows)
-
-    def put(batch: HostBatch) -> dict[str, jax.Array]:
-        # The one transfer that is wanted; with several processes JAX takes it for an implicit one.
-        with jax.transfer_guard_host_to_device("allow"):
-            return {
-                name: jax.make_array_from_process_local_data(
-                    sharding, x, (batch_size, *x.shape[1:])
-                )
-                for name, x in batch.items()
-                if name != "caption"
-            }
-
-    queue = collections.deque(put(next(batches)) for _ in range(ahead))
-    while True:
-        yield queue.popleft()
-        queue.append(put(next(batches)))

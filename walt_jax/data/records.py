@@ -34,14 +34,28 @@ from typing import Any
 import cv2
 import numpy as np
 import tensorflow_datasets as tfds
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from array_record.python.array_record_module import ArrayRecordReader
 from tensorflow_datasets.core import example_serializer
 
+from walt_jax.data import stores
 from walt_jax.data.directories import check_free, empty_directory, lock_directory
+from walt_jax.data.shards import Shard
 from walt_jax.errors import UserError
 
 FORMAT_VERSION = 1
 INDEX = "index.npz"
+
+
+class BrokenRecord(UserError):
+    """A record that cannot be read or decoded.
+
+    Attributes:
+      key: names the record.
+    """
+
+    def __init__(self, message: str, key: str) -> None:
+        super().__init__(message)
+        self.key = key
 
 
 def exact(dtype: type, *shape: int | None) -> tfds.features.Tensor:
@@ -90,6 +104,7 @@ class DatasetWriter:
         description: str = "",
         metadata: Mapping[str, Any] | None = None,
         overwrite: bool = False,
+        may_be_empty: bool = False,
     ):
         """Raises UserError if `directory` is taken, or another process is writing it.
 
@@ -100,14 +115,15 @@ class DatasetWriter:
           description: a sentence for `dataset_info.json`.
           metadata: JSON values; `label_names`, a list of str, is given a meaning by `Dataset`.
           overwrite: replace a dataset that is there (never a directory of anything else).
+          may_be_empty: a dataset without records is none to complain about.
         """
         self.directory = Path(directory).absolute()
         self.partial = self.directory.with_name(self.directory.name + ".partial")
         self.metadata = dict(metadata or {})
         self._features, self._name, self._description = features, name, description
         self._serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
-        self._index_keys = _index_names(features)
-        self._shards: dict[int, _Shard] = {}
+        self._index_keys, self._may_be_empty = _index_names(features), may_be_empty
+        self._shards: dict[int, Shard] = {}
         check_free(self.directory, overwrite)
         self._lock = lock_directory(self.partial)
         empty_directory(self.partial)
@@ -115,7 +131,7 @@ class DatasetWriter:
     def write(self, example: Mapping[str, Any], shard: int = 0) -> None:
         """Appends one example, a value for each feature, to a shard."""
         if shard not in self._shards:
-            self._shards[shard] = _Shard(self.partial / f"shard-{shard:05d}")
+            self._shards[shard] = Shard(self.partial / f"shard-{shard:05d}")
         # Plain SerializeToString may order the features differently in each process.
         encoded = self._features.encode_example(example)
         data = self._serializer.get_tf_example(encoded).SerializeToString(deterministic=True)
@@ -126,21 +142,34 @@ class DatasetWriter:
         if shard in self._shards:
             self._shards[shard].close()
 
-    def add(self, dataset: "Dataset") -> None:
-        """Appends the shards of a dataset of the same features, without reading a record.
+    def add(self, dataset: "Dataset", keep: Sequence[bool] | None = None) -> None:
+        """Appends the records of a dataset of the same features; none is decoded.
 
-        Its files are linked, or moved where the file system has no links.
+        Without `keep` its files are linked, or moved where the file system has no links. With
+        `keep`, N bools, files of which all is kept are linked or copied, of others the bytes of
+        the records kept are copied; `dataset` stays whole.
         """
+        if not len(dataset):
+            return
         with np.load(dataset.directory / INDEX, allow_pickle=False) as columns:
             digests = [row.tobytes() for row in columns["digest"]]
         rows = list(zip(*(dataset.index[k].tolist() for k in self._index_keys)))
         for entry, stop in zip(dataset.metadata["shards"], dataset._ends):
-            number, part = len(self._shards), slice(stop - entry["records"], stop)
-            shard = _Shard(self.partial / f"shard-{number:05d}", rows[part], digests[part])
-            try:
-                os.link(dataset.directory / entry["file"], shard.path)
-            except OSError:
-                (dataset.directory / entry["file"]).rename(shard.path)
+            number, part = len(self._shards), range(stop - entry["records"], stop)
+            kept = [i for i in part if keep is None or keep[i]]
+            if not kept:
+                continue
+            path, source = self.partial / f"shard-{number:05d}", dataset.directory / entry["file"]
+            if len(kept) == len(part):
+                shard = Shard(path, [rows[i] for i in kept], [digests[i] for i in kept])
+                try:
+                    os.link(source, path)
+                except OSError:
+                    source.rename(path) if keep is None else shutil.copyfile(source, path)
+            else:
+                shard = Shard(path)
+                for i in kept:
+                    shard.write(dataset.read_bytes(i), rows[i])
             self._shards[number] = shard
 
     def __enter__(self) -> "DatasetWriter":
@@ -158,7 +187,7 @@ class DatasetWriter:
 
     def _finish(self) -> None:
         shards = [self._shards[i] for i in sorted(self._shards)]
-        if not shards:
+        if not shards and not self._may_be_empty:
             raise UserError(f"no record was written to {self.directory}: check the input.")
         entries, rows, digests = [], [], []
         for i, shard in enumerate(shards):
@@ -169,10 +198,24 @@ class DatasetWriter:
             digests += shard.digests
         columns = {k: np.array(c) for k, c in zip(self._index_keys, zip(*rows))}
         whole = b"".join(digests)
-        columns["digest"] = np.frombuffer(whole, np.uint8).reshape(len(digests), -1)
+        columns["digest"] = np.frombuffer(whole, np.uint8).reshape(len(digests), 32)
         np.savez(self.partial / INDEX, **columns)
         self.metadata |= {"format_version": FORMAT_VERSION, "shards": entries}
         self.metadata["fingerprint"] = hashlib.sha256(whole).hexdigest()
+        if shards:
+            self._describe(entries)
+        else:  # TFDS knows no dataset without records
+            self._features.save_config(str(self.partial))
+            (self.partial / "metadata.json").write_text(json.dumps(self.metadata))
+        replaced = self.partial.with_name(self.directory.name + ".replaced")
+        shutil.rmtree(replaced, ignore_errors=True)
+        if self.directory.exists():
+            self.directory.rename(replaced)
+        self.partial.rename(self.directory)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+    def _describe(self, entries: Sequence[Mapping[str, Any]]) -> None:
+        """Writes what TFDS wants to know."""
         split = tfds.core.SplitInfo(
             name="train",
             shard_lengths=[e["records"] for e in entries],
@@ -187,12 +230,6 @@ class DatasetWriter:
             metadata=tfds.core.MetadataDict(self.metadata),
             check_data=False,
         )
-        replaced = self.partial.with_name(self.directory.name + ".replaced")
-        shutil.rmtree(replaced, ignore_errors=True)
-        if self.directory.exists():
-            self.directory.rename(replaced)
-        self.partial.rename(self.directory)
-        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def write_dataset(
@@ -224,15 +261,16 @@ class Dataset:
         videos `fps`, `duration`, `start` float64, `width`, `height`, `num_frames`, `label` int64.
     """
 
-    def __init__(self, directory: str | Path):
-        self.directory = Path(directory)
+    def __init__(self, directory: str | Path, url: str | None = None):
+        """`url` is where the files are that `directory`, a cache, does not have yet."""
+        self.directory, self._url = Path(directory), url
         self._readers: dict[int, ArrayRecordReader] = {}
 
     def __reduce__(self) -> tuple:
-        return Dataset, (self.directory,)
+        return Dataset, (self.directory, self._url)
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return int(self._ends[-1]) if self._ends.size else 0
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         return self.read(i)
@@ -242,6 +280,18 @@ class Dataset:
 
         Raises IndexError out of range, UserError for a shard that is missing or damaged.
         """
+        data, where = self._fetch(i)
+        try:
+            record = self._features.deserialize_example_np(data)
+        except Exception as error:  # protobuf and TFDS each raise their own kinds
+            raise BrokenRecord(f"{where} is damaged: prepare the dataset again.", where) from error
+        return {name: _plain(value) for name, value in record.items()}
+
+    def read_bytes(self, i: int) -> bytes:
+        """Record i as it lies on disk; errors as in `read`."""
+        return self._fetch(i)[0]
+
+    def _fetch(self, i: int) -> tuple[bytes, str]:
         i = int(i)
         if not 0 <= i < len(self):
             raise IndexError(f"record {i} of {len(self)} in {self.directory}")
@@ -250,14 +300,15 @@ class Dataset:
         path = self.directory / self.metadata["shards"][shard]["file"]
         try:
             if shard not in self._readers:
+                if self._url is not None:
+                    stores.cached(self._url, path.name, self.directory)
                 options = "readahead_buffer_size:0,max_parallelism:0"
                 self._readers[shard] = ArrayRecordReader(str(path), options)
             (data,) = self._readers[shard].read([within])
-            record = self._features.deserialize_example_np(data)
-        except Exception as error:  # array_record, protobuf and TFDS each raise their own kinds
+        except Exception as error:  # array_record raises its own kinds
             where = f"{path} is missing or damaged at its record {within}"
-            raise UserError(f"{where}: prepare the dataset again.") from error
-        return {name: _plain(value) for name, value in record.items()}
+            raise BrokenRecord(f"{where}: prepare the dataset again.", where) from error
+        return data, f"record {within} of {path}"
 
     @functools.cached_property
     def metadata(self) -> dict[str, Any]:
@@ -298,6 +349,11 @@ class Dataset:
             raise UserError(f"{path} is damaged: delete it to have it made anew.") from error
         return index
 
+    @property
+    def features(self) -> tfds.features.FeaturesDict:
+        """What a record holds."""
+        return self._features
+
     @functools.cached_property
     def _features(self) -> tfds.features.FeaturesDict:
         try:
@@ -315,26 +371,42 @@ def open_dataset(directory: str | Path, features: Iterable[str] = ()) -> Dataset
     """Opens a dataset after checking that all of it is there.
 
     Args:
-      directory: what `DatasetWriter` wrote.
+      directory: what `DatasetWriter` wrote, the URL of a copy of it in a store (gs://...), or the
+        file of a mixture (see `mixture.py`).
       features: names that a record must have, for example `VIDEO_FEATURES`.
 
     Raises:
       UserError: not a dataset, another format, a feature or shard is missing, or a shard is
         truncated; names the path.
     """
-    dataset = Dataset(directory)
+    if Path(directory).suffix == ".json":
+        from walt_jax.data.mixture import open_mixture  # made of datasets that are opened here
+
+        return open_mixture(directory, features)
+    dataset = _cached(str(directory)) if stores.is_remote(directory) else Dataset(directory)
     shards = dataset.metadata["shards"]
     missing = sorted(set(features) - set(dataset._features))
     if missing:
         lacks = f"{directory} holds records without {', '.join(missing)}"
         raise UserError(f"{lacks}: give the directory of a dataset that was written for this use.")
     for shard in shards:
-        path = dataset.directory / shard["file"]
-        size = path.stat().st_size if path.is_file() else None
+        path = stores.join(directory, shard["file"])
+        size = stores.size(path)
         if size != shard["bytes"]:
             found = "is missing" if size is None else f"has {size} of {shard['bytes']} bytes"
             raise UserError(f"{path} {found}: prepare the dataset again or copy it completely.")
     return dataset
+
+
+def _cached(url: str) -> Dataset:
+    """A dataset in a store; its shards are fetched when a record of them is first read."""
+    if not stores.exists(stores.join(url, "metadata.json")):
+        lacks = f"{url} is not a complete dataset (it has no metadata.json)"
+        raise UserError(f"{lacks}: check the path, or run `python -m walt_jax.prepare`.")
+    folder = stores.cache_of(url, stores.read_text(stores.join(url, "metadata.json")))
+    for name in ("metadata.json", "features.json", INDEX):
+        stores.cached(url, name, folder)
+    return Dataset(folder, url)
 
 
 def decode_frames(record: Mapping[str, Any], frame_indices: Sequence[int]) -> np.ndarray:
@@ -358,30 +430,10 @@ def decode_frames(record: Mapping[str, Any], frame_indices: Sequence[int]) -> np
             raise IndexError(f"frame {t} of {len(offsets) - 1} in the record of {record['source']}")
         image = cv2.imdecode(payload[offsets[t] : offsets[t + 1]], cv2.IMREAD_COLOR_RGB)
         if image is None or image.shape != frames.shape[1:]:
-            where = f"frame {t} in the record of {record['source']}"
-            raise UserError(f"{where} is damaged: prepare the dataset again.")
+            where = f"the record of {record['source']} at {record['start']:g} s"
+            raise BrokenRecord(f"frame {t} in {where} is damaged: prepare it again.", where)
         frames[i] = image
     return frames
-
-
-class _Shard:
-    """One file of records, with what the dataset wants to know about them."""
-
-    def __init__(self, path: Path, rows: Iterable[Sequence] = (), digests: Iterable[bytes] = ()):
-        self.path, self.rows, self.digests = path, list(rows), list(digests)
-        self._writer: ArrayRecordWriter | None = None
-
-    def write(self, data: bytes, row: Sequence) -> None:
-        if self._writer is None:
-            # Payloads are compressed already; one record a group makes random access one read.
-            self._writer = ArrayRecordWriter(str(self.path), "group_size:1,uncompressed")
-        self._writer.write(data)
-        self.rows.append(row)
-        self.digests.append(hashlib.sha256(data).digest())
-
-    def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
 
 
 def _plain(value: Any) -> Any:

@@ -23,7 +23,8 @@ class ExtraKv(NamedTuple):
 
     Attributes:
       k, v: (B, M, D).
-      mask: bool (B, M), False where a token is padding; None where there is none.
+      mask: bool (B, M), False where a token is padding, or (B, T, H, W, M), which tokens of the
+        grid see it; None where all do. No kernel takes the second.
     """
 
     k: jax.Array
@@ -110,7 +111,10 @@ def _by_kernel(
     q, bias, extra_kv = inputs[0], inputs[3], inputs[5]
     grid, d, block, heads = q.shape[1:4], q.shape[4], options["block"], options["num_heads"]
     extra = 0 if extra_kv is None else extra_kv[0].shape[1]
-    fits = kernel.fits(grid, d, heads, block, q.dtype, extra=extra, bias=bias is not None)
+    by_token = extra_kv is not None and extra_kv[2] is not None and extra_kv[2].ndim > 2
+    fits = not by_token and kernel.fits(
+        grid, d, heads, block, q.dtype, extra=extra, bias=bias is not None
+    )
     run = functools.partial(kernel.attention, **options)
     if implementation is None:
         plain = functools.partial(xla.attention, **options)
@@ -121,7 +125,9 @@ def _by_kernel(
         raise UserError(
             f"The implementation {implementation!r} of window attention does not fit windows of "
             f"{block} tokens on a grid of {grid} with {heads} heads of {d // heads} features in "
-            f"{q.dtype} and {extra} extra keys: 'xla' does, and None chooses by itself."
+            f"{q.dtype} and {extra} extra keys"
+            f"{' with a mask for each token' if by_token else ''}: 'xla' does, and None chooses by "
+            "itself."
         )
     return run(*inputs)
 
@@ -152,7 +158,9 @@ def _check(
         shape = (q.shape[0], *extra_kv[0].shape[1:2], q.shape[-1])
         _shaped("extra_kv.k", extra_kv[0], shape)
         _shaped("extra_kv.v", extra_kv[1], shape)
-        _shaped("extra_kv.mask", extra_kv[2], shape[:2])
+        by_token = extra_kv[2] is not None and extra_kv[2].ndim > 2
+        mask = (*q.shape[:4], shape[1]) if by_token else shape[:2]
+        _shaped("extra_kv.mask", extra_kv[2], mask)
 
 
 def _check_options(

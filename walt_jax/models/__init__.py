@@ -4,7 +4,7 @@
 """
 
 from walt_jax.models.build import Network, Params, count
-from walt_jax.models.denoiser import Conditions, Denoiser, DenoiserConfig
+from walt_jax.models.denoiser import Conditions, Denoiser, DenoiserConfig, Packing
 from walt_jax.models.tokenizer import Tokenizer, TokenizerConfig
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Denoiser",
     "DenoiserConfig",
     "Network",
+    "Packing",
     "Params",
     "Tokenizer",
     "TokenizerConfig",

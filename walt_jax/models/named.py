@@ -64,6 +64,14 @@ DENOISERS = {
     "walt-sr1": replace(_SUPER, grid=(5, 32, 56), patch_size=(1, 2, 2), width=1408, num_layers=40),
     "walt-sr2": _SUPER,
 }
+# W.A.L.T-L for clips of any size, also packed: by windows, or by tokens with full attention.
+_ANY = replace(_UCF, grid=(5, 32, 32), windows=((1, 0, 0), (5, 8, 8)), positions="fractional")
+DENOISERS |= {
+    "walt-l-any-size": _ANY,
+    "walt-l-tokens": replace(
+        _ANY, patch_size=(1, 2, 2), windows=((0, 0, 0),), relative_bias=False, image_identity=False
+    ),
+}
 
 # DiT's table 1: width, layers, heads; on 32 x 32 latents of 4 channels (256 pixels, ImageNet).
 _SIZES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1152, 28, 16)}

@@ -6,7 +6,6 @@ features of a VGG-16 (LPIPS, 1801.03924). Weights come from a file with torchvis
 
 import abc
 import dataclasses
-from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -15,10 +14,9 @@ import numpy as np
 
 from walt_jax.errors import UserError
 from walt_jax.parallel import Layout
-from walt_jax.weights import load_weights
+from walt_jax.weights import Take, load_weights, taker
 
 PyTree = Any
-Take = Callable[[str, Sequence[int]], np.ndarray]
 
 # (width, convolutions) of VGG-16's stages; (width, blocks, stride) of ResNet-50's.
 _VGG_STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
@@ -67,20 +65,12 @@ class Perceptual(abc.ABC):
                 "--config.task.perceptual=none."
             )
         tensors = load_weights(self.weights, self.sha256)
+        return self._assemble(taker(tensors, self.weights, self.contents))
 
-        def take(name: str, shape: Sequence[int]) -> np.ndarray:
-            if name not in tensors:
-                raise UserError(
-                    f"{self.weights} has no tensor {name!r}: give a file of {self.contents}."
-                )
-            if tensors[name].shape != tuple(shape):
-                raise UserError(
-                    f"{self.weights}: {name} has the shape {tensors[name].shape} instead of "
-                    f"{tuple(shape)}: give a file of {self.contents}."
-                )
-            return tensors[name].astype(np.float32)
-
-        return self._assemble(take)
+    def shapes(self) -> PyTree:
+        """ShapeDtypeStructs of the network's parameters; no file is read."""
+        nothing = self._assemble(lambda name, shape: np.broadcast_to(np.float32(0), shape))
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), nothing)
 
     @abc.abstractmethod
     def distance(

@@ -61,12 +61,14 @@ def sharded_attention(
 
     tokens, batch = P(*entries), entries[0]
     memory = P(batch, None, by_head)
+    grid = P(batch) if exchanged else P(*entries[:4])
+    by_token = extra_kv is not None and extra_kv.mask is not None and extra_kv.mask.ndim > 2
     operands = (q, k, v), bias, segment_ids, extra_kv, qk_norm
     specs = (
         tokens,
         P(by_head),
-        P(batch) if exchanged else P(*entries[:4]),
-        extra_kv and ExtraKv(memory, memory, P(batch)),
+        grid,
+        extra_kv and ExtraKv(memory, memory, grid if by_token else P(batch)),
         P(),
     )
 

@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from walt_jax.errors import UserError
@@ -33,8 +34,11 @@ class MeshConfig:
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Builds the mesh over all devices of all processes (or those given).
 
+    Of several TPU slices, which the data centre's network joins, each has its part of `data`.
+
     Raises:
-      UserError: the sizes do not multiply to the number of devices.
+      UserError: the sizes do not multiply to the number of devices, or the slices do not divide
+        `data`.
     """
     devices = list(jax.devices()) if devices is None else list(devices)
     sizes = [getattr(config, axis) for axis in AXES]
@@ -48,4 +52,14 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             f"config.mesh ({shape}) does not make {len(devices)} devices: set one axis to -1."
         )
     types = (AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
+    slices = len({getattr(d, "slice_index", 0) for d in devices if d.platform == "tpu"} or {0})
+    if slices == 1:
+        return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
+    if sizes[0] % slices:
+        raise UserError(
+            f"config.mesh.data={sizes[0]} must be a multiple of the {slices} slices: they send "
+            "each other gradients alone."
+        )
+    within = (sizes[0] // slices, *sizes[1:])
+    grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1, 1), devices)
+    return Mesh(grid, AXES, axis_types=types)

@@ -18,7 +18,9 @@ PyTree = Any
 # have the parameter's path in theirs, so that the same rules place them.
 RULES: tuple[tuple[str, P], ...] = (
     (r"(^|/)v_(row|col)/", P()),  # adafactor's moments: one axis less than their parameters
-    (r"(qkv|up)/kernel$", P("fsdp", "tensor")),
+    # Their columns are parts for queries, keys and values, each divided over tensor when gathered.
+    (r"(qkv|kv)/kernel$", P(("fsdp", "tensor"), None)),
+    (r"up/kernel$", P("fsdp", "tensor")),
     (r"(out|down)/kernel$", P("tensor", "fsdp")),
     (r"kernel$", P("fsdp", "tensor")),
     (r"embedding$", P(None, "fsdp")),
@@ -164,6 +166,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """The same value on every device."""
     return NamedSharding(mesh, P())
+
+
+def lying(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    """The shape of an array that lies so."""
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
 def place(tree: PyTree, shardings: PyTree) -> PyTree:

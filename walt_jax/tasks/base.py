@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
-from walt_jax.data.pipeline import IMAGES
+from walt_jax.data.joint import IMAGES
 from walt_jax.data.records import Dataset
 from walt_jax.models import Network
 from walt_jax.parallel import Layout
@@ -62,6 +62,10 @@ class Task(abc.ABC):
           UserError: a dataset or what is loaded does not fit the task.
         """
         del workdir, datasets
+        return {}
+
+    def stand_in(self) -> PyTree:
+        """ShapeDtypeStructs of what `prepare` would load, without any file or dataset."""
         return {}
 
     def keep(self, frozen: PyTree, workdir: str) -> None:
@@ -134,6 +138,13 @@ def to_uint8(pixels: np.ndarray | jax.Array) -> np.ndarray:
     return np.clip(np.rint((pixels + 1.0) * 127.5), 0, 255).astype(np.uint8)
 
 
+def shrink(video: jax.Array, factor: tuple[int, int, int]) -> jax.Array:
+    """Pixels (B, T, H, W, 3) averaged over blocks of (fh, fw)."""
+    b, t, h, w, c = video.shape
+    _, fh, fw = factor
+    return video.reshape(b, t, h // fh, fh, w // fw, fw, c).mean((3, 5))
+
+
 def images_of(batch: Batch) -> Batch:
     """The images beside a batch's videos, as a batch of clips of one frame; empty without any."""
     return {k.removeprefix(IMAGES): v for k, v in batch.items() if k.startswith(IMAGES)}
@@ -142,3 +153,13 @@ def images_of(batch: Batch) -> Batch:
 def sample_keys(key: jax.Array, batch_size: int) -> jax.Array:
     """A key for each row, so that what a row draws depends on no other row and on no mesh."""
     return jax.vmap(lambda row: jax.random.fold_in(key, row))(np.arange(batch_size))
+
+
+def fold(keys: jax.Array, data: int) -> jax.Array:
+    """Keys (B,) for one of several draws of each row."""
+    return jax.vmap(lambda k: jax.random.fold_in(k, data))(keys)
+
+
+def uniform(keys: jax.Array, data: int) -> jax.Array:
+    """One of several draws of each row, in [0, 1): float32 (B,)."""
+    return jax.vmap(jax.random.uniform)(fold(keys, data))

@@ -10,10 +10,23 @@ from walt_jax.data.records import Dataset
 from walt_jax.diffusion import Constant, Ddim, Diffusion, Sampler, Scale, guide, standard_normal
 from walt_jax.errors import UserError
 from walt_jax.models import Conditions, Denoiser, DenoiserConfig, Network
+from walt_jax.models.named import TOKENIZERS
 from walt_jax.models.text import ByteEncoder, ByteEncoderConfig
 from walt_jax.models.tokenizer.frozen import FrozenTokenizer
 from walt_jax.parallel import Layout
-from walt_jax.tasks.base import Batch, Metrics, PyTree, Task, images_of, sample_keys, to_unit
+from walt_jax.tasks import packed
+from walt_jax.tasks.base import (
+    Batch,
+    Metrics,
+    PyTree,
+    Task,
+    fold,
+    images_of,
+    sample_keys,
+    shrink,
+    to_unit,
+    uniform,
+)
 from walt_jax.tasks.given import GivenConfig, draw_masks
 from walt_jax.tasks.wanted import Wanted
 from walt_jax.training.denoisers import TEXT, start_from
@@ -121,6 +134,14 @@ class DenoiserTask(Task, name="denoiser"):
             self._check(dataset, tokenizer)
         return tokenizer
 
+    def stand_in(self) -> FrozenTokenizer:
+        """Of W.A.L.T's tokenizer: which one a run has is known where its folder is."""
+        images = "-2d" if self.model.grid[0] == 1 else ""
+        published = TOKENIZERS[f"tokenizer-walt{images}"]
+        return FrozenTokenizer.abstract(
+            dataclasses.replace(published, latent_channels=self.model.latent_channels)
+        )
+
     def keep(self, frozen: FrozenTokenizer, workdir: str) -> None:
         keep_tokenizer(frozen, workdir)
 
@@ -159,6 +180,9 @@ class DenoiserTask(Task, name="denoiser"):
         step: jax.Array,
         layout: Layout,
     ) -> tuple[jax.Array, tuple[Metrics, PyTree]]:
+        if packed.is_packed(batch):
+            loss, metrics = packed.loss(self, params, batch, key, layout)
+            return loss, (metrics, extra)
         loss, metrics = self._losses(params, frozen, batch, key, layout).mean(), {}
         if images := images_of(batch):
             key = jax.random.fold_in(key, _APART)
@@ -173,19 +197,19 @@ class DenoiserTask(Task, name="denoiser"):
     ) -> jax.Array:
         """The loss of each clip, float32 (B,), at random times and with conditions left out."""
         keys = sample_keys(key, batch["label"].shape[0])
-        t = self.diffusion.process.draw_times(_fold(keys, 0))
+        t = self.diffusion.process.draw_times(fold(keys, 0))
         x0, wanted = self._data(frozen, batch, keys, layout)
         if wanted.label is not None:
-            drop = _uniform(keys, 1) < self.class_dropout
+            drop = uniform(keys, 1) < self.class_dropout
             label = jnp.where(drop, self.model.num_classes, wanted.label)
             wanted = dataclasses.replace(wanted, label=label)
         if wanted.text is not None:
-            drop = _uniform(keys, 3) < self.text_dropout
+            drop = uniform(keys, 3) < self.text_dropout
             text = jnp.where(drop[:, None], jnp.zeros_like(wanted.text), wanted.text)
             wanted = dataclasses.replace(wanted, text=text)
-        told = _uniform(keys, 5) < self.self_conditioning
-        low = self.low_noise * _uniform(keys, 6)
-        return self._errors(params, x0, wanted, t, _fold(keys, 2), told, low, layout)
+        told = uniform(keys, 5) < self.self_conditioning
+        low = self.low_noise * uniform(keys, 6)
+        return self._errors(params, x0, wanted, t, fold(keys, 2), told, low, layout)
 
     def evaluate(
         self,
@@ -197,12 +221,14 @@ class DenoiserTask(Task, name="denoiser"):
         layout: Layout,
     ) -> Metrics:
         """The loss at times spread evenly over the clips, told all; every call draws the same."""
+        if packed.is_packed(batch):
+            return packed.evaluate(self, params, batch, key, layout)
         rows = batch["label"].shape[0]
         t = jnp.asarray(self.diffusion.process.even_times(rows))
         keys = sample_keys(key, rows)
         x0, wanted = self._data(frozen, batch, keys, layout)
         told, low = jnp.ones(rows, bool), jnp.full(rows, 0.5 * self.low_noise)
-        errors = self._errors(params, x0, wanted, t, _fold(keys, 2), told, low, layout)
+        errors = self._errors(params, x0, wanted, t, fold(keys, 2), told, low, layout)
         return {"loss": errors}
 
     def preview(
@@ -216,6 +242,8 @@ class DenoiserTask(Task, name="denoiser"):
     ) -> jax.Array:
         batch = {name: array[:8] for name, array in batch.items()}
         keys = sample_keys(key, batch["label"].shape[0])
+        if packed.is_packed(batch):
+            batch = packed.first_videos(batch)
         _, wanted = self._data(frozen, batch, keys, layout)
         return self.sample(params, frozen, wanted, keys, self.sampler, self.guidance, layout=layout)
 
@@ -302,16 +330,13 @@ class DenoiserTask(Task, name="denoiser"):
             x0 = batch["latents"].astype(jnp.float32)
         else:
             x0 = jax.lax.stop_gradient(frozen.encode(to_unit(batch["video"]), layout))
-        if model.text_features and "text" not in batch:
-            raise UserError(
-                "config.data.caption_bytes is 0, but the denoiser reads text: say how many bytes "
-                "of a caption it reads (in config.images too, where there are images)."
-            )
+        if model.text_features:
+            packed.check_text(batch)
         given = mask = low = None
         if model.given != "none" and x0.shape[1] == model.grid[0]:  # no image beside videos
-            given, mask = x0, draw_masks(self.given, _fold(keys, 4), x0.shape[1:4])
+            given, mask = x0, draw_masks(self.given, fold(keys, 4), x0.shape[1:4])
         if model.upsampling is not None:
-            small = _shrink(to_unit(batch["video"]), model.upsampling)
+            small = shrink(to_unit(batch["video"]), model.upsampling)
             low = jax.lax.stop_gradient(frozen.encode(small, layout))
         return x0, Wanted(
             label=batch["label"] if model.num_classes else None,
@@ -333,7 +358,7 @@ class DenoiserTask(Task, name="denoiser"):
             low_time = low_noise * (process.num_timesteps - 1)
             low_time = low_time.astype(jnp.int32) if process.discrete else low_time
             low = self.network.bind(_denoiser(params)).upsample(wanted.low)
-            eps = standard_normal(_fold(keys, _APART), low.shape[1:])
+            eps = standard_normal(fold(keys, _APART), low.shape[1:])
             low = self.diffusion.add_noise(low, eps, low_time)
         return Conditions(
             label=wanted.label,
@@ -380,18 +405,3 @@ class DenoiserTask(Task, name="denoiser"):
 
 def _denoiser(params: PyTree) -> PyTree:
     return {name: value for name, value in params.items() if name != TEXT}
-
-
-def _shrink(video: jax.Array, factor: tuple[int, int, int]) -> jax.Array:
-    """Pixels (B, T, H, W, 3) averaged over blocks of (fh, fw)."""
-    b, t, h, w, c = video.shape
-    _, fh, fw = factor
-    return video.reshape(b, t, h // fh, fh, w // fw, fw, c).mean((3, 5))
-
-
-def _fold(keys: jax.Array, data: int) -> jax.Array:
-    return jax.vmap(lambda k: jax.random.fold_in(k, data))(keys)
-
-
-def _uniform(keys: jax.Array, data: int) -> jax.Array:
-    return jax.vmap(jax.random.uniform)(_fold(keys, data))

@@ -86,6 +86,9 @@ class TokenizerTask(Task, name="tokenizer"):
                 )
         return {"perceptual": self.perceptual.load()} if self.perceptual is not None else {}
 
+    def stand_in(self) -> PyTree:
+        return {"perceptual": self.perceptual.shapes()} if self.perceptual is not None else {}
+
     def init_extra(self) -> PyTree:
         zeros = jnp.zeros((self.model.latent_channels,), jnp.float32)
         extra = {"latent_mean": zeros, "latent_square": zeros}

@@ -4,6 +4,7 @@ import dataclasses
 
 from walt_jax.data.pipeline import DataConfig
 from walt_jax.errors import UserError
+from walt_jax.evaluation.evaluators import Evaluator
 from walt_jax.parallel import MeshConfig
 from walt_jax.tasks import Task
 from walt_jax.training.guard import GuardConfig
@@ -30,6 +31,8 @@ class Experiment:
       log_every: updates between two lines of the log.
       eval_every: updates between two evaluations on held-out clips; also at the first and last.
       eval_batches: batches of an evaluation.
+      evaluators: scores of samples or reconstructions, each every so many updates and at the last;
+        see docs/scores.md.
       preview_every: updates between two sets of videos in TensorBoard; 0 turns them off.
       checkpoint_every: updates between two checkpoints; also at the last.
       keep_checkpoints: the newest ones kept.
@@ -50,6 +53,7 @@ class Experiment:
     log_every: int = 100
     eval_every: int = 1000
     eval_batches: int = 4
+    evaluators: tuple[Evaluator, ...] = ()
     preview_every: int = 0
     checkpoint_every: int = 1000
     keep_checkpoints: int = 2
@@ -71,6 +75,11 @@ class Experiment:
             raise UserError(
                 f"config.images.num_frames must be 1, got {self.images.num_frames}: images are "
                 "clips of one frame."
+            )
+        if self.images is not None and self.data.packing is not None:
+            raise UserError(
+                "config.data.packing packs images with the videos: put their latents into the same "
+                "dataset and set config.images to None."
             )
         if not 0 <= self.seed < 2**32:
             raise UserError(f"config.seed must lie in [0, 2**32), got {self.seed}.")

@@ -8,7 +8,8 @@ from typing import Literal
 
 import numpy as np
 
-from walt_jax.data.pipeline import Joint, Pipeline
+from walt_jax.data.joint import Joint
+from walt_jax.data.pipeline import Pipeline
 from walt_jax.errors import UserError
 
 _LEAST = 8  # losses before a spike can be told

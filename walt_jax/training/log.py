@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from walt_jax.data.joint import Joint
+from walt_jax.data.pipeline import Pipeline
 from walt_jax.errors import UserError
 from walt_jax.training import metrics as metrics_lib
 from walt_jax.training.experiment import Experiment
@@ -32,13 +34,15 @@ class Log:
         progress: Progress,
         guard: Guard,
         goodput: Goodput,
+        data: Pipeline | Joint,
         writer: Any,
         *,
         quiet: bool,
     ) -> None:
         self.progress = progress
         self._experiment, self._guard, self._goodput = experiment, guard, goodput
-        self._writer, self._quiet = writer, quiet
+        self._data, self._writer, self._quiet = data, writer, quiet
+        self._waited = goodput.spent.get("data", 0.0)
         self._pending: tuple[int, int, dict[str, jax.Array]] | None = None
         self._window: list[dict[str, float]] = []
         self._clock = time.monotonic()
@@ -60,7 +64,7 @@ class Log:
         seconds, self._clock = now - self._clock, now
         progress.step += 1
         progress.next_batch = batch + 1
-        progress.clips += self._experiment.batch_size
+        progress.clips += self._data.num_clips(batch)
         progress.seconds += seconds
         progress.core_seconds += seconds * jax.device_count()
         progress.flops += flops
@@ -104,6 +108,7 @@ class Log:
             scalars = {f"train/{k}": v for k, v in means.items()}
             scalars |= {f"speed/{k}": v for k, v in rates.items()}
             scalars |= {"speed/core_hours": hours, "speed/goodput": self._goodput.share}
+            scalars["data/broken_records"] = len(self._data.broken)
             self._write(step, scalars)
         del means["learning_rate"]
         self._line(step, rates, {"loss": means["loss"], **means})
@@ -121,11 +126,13 @@ class Log:
         now, before = self.progress, self._mark
         self._mark = copy.copy(now)
         seconds = max(now.seconds - before.seconds, 1e-9)
+        waited, self._waited = self._waited, self._goodput.spent.get("data", 0.0)
         devices = jax.device_count()
         rates = {
             "steps/s": (now.step - before.step) / seconds,
             "clips/s": (now.clips - before.clips) / seconds,
             "clips/s/chip": (now.clips - before.clips) / seconds / devices,
+            "input wait": (self._waited - waited) / seconds,
         }
         if peak := metrics_lib.peak_flops(jax.devices()[0].device_kind):
             rates["MFU"] = (now.flops - before.flops) / seconds / devices / peak

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -11,17 +10,19 @@ from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 from jax.sharding import Mesh
 
 from walt_jax import config as config_lib
-from walt_jax.data.pipeline import Joint, Pipeline
-from walt_jax.data.records import Dataset, open_dataset
+from walt_jax.data.joint import Joint
+from walt_jax.data.pipeline import Pipeline
+from walt_jax.data.records import open_dataset
 from walt_jax.errors import Preempted, UserError
-from walt_jax.parallel import describe, make_mesh
+from walt_jax.evaluation.inline import Inline
+from walt_jax.parallel import make_mesh
 from walt_jax.parallel.sharding import batch_sharding, place, replicated
 from walt_jax.tasks import to_uint8
 from walt_jax.training import metrics as metrics_lib
+from walt_jax.training.about import SHARDINGS, about_data, write_about
 from walt_jax.training.checkpoints import Checkpoints
 from walt_jax.training.experiment import Experiment
 from walt_jax.training.goodput import Goodput
@@ -36,8 +37,6 @@ from walt_jax.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 PyTree = Any
-DATASET = "dataset.json"
-SHARDINGS = "shardings.txt"
 _MAY_CHANGE = ("mesh", "guard", "profile")  # of a config, from one start to the next
 Shape = tuple[tuple[str, tuple[int, ...]], ...]
 
@@ -108,11 +107,12 @@ class _Run:
         self.prepared = self.task.prepare(str(workdir), *datasets)
         self.frozen = place(self.prepared, jax.tree.map(lambda _: replicated(mesh), self.prepared))
         self.key = place(np.asarray(experiment.seed, np.uint32), replicated(mesh))
+        about = about_data(dataset, experiment.data.fps)
+        self.score = Inline(
+            experiment, workdir, mesh, self.frozen, about, quiet=quiet, beat=self.watchdog.alive
+        )
         if jax.process_index() == 0:
-            epath.Path(workdir).mkdir(parents=True, exist_ok=True)
-            _write_about(epath.Path(workdir), dataset, experiment.data.fps)
-            lines = describe(self.program.shardings.params, self.program.abstract.params)
-            (epath.Path(workdir) / SHARDINGS).write_text("\n".join(lines) + "\n")
+            write_about(workdir, about, self.program)
 
     def say(self, text: str) -> None:
         """A line for the user, on the first process."""
@@ -165,6 +165,7 @@ class _Run:
             claim()
             self.say(f"all {experiment.num_steps} steps are done; config.num_steps adds more")
             return self.evaluate(state, progress.step, None)
+        self.score.prepare(state)
         self.compiled = self.compile_steps()
         claim()
         self.task.keep(self.prepared, str(self.workdir))
@@ -197,7 +198,7 @@ class _Run:
         """
         experiment, goodput = self.experiment, self.goodput
         guard = Guard(experiment.guard, self.data, list(progress.losses))
-        log = Log(experiment, progress, guard, goodput, self.writer, quiet=self.quiet)
+        log = Log(experiment, progress, guard, goodput, self.data, self.writer, quiet=self.quiet)
         evaluation = {} if progress.step else self.evaluate(state, 0, self.writer)
         first, left_out = progress.next_batch, frozenset(progress.left_out)
         batches = enumerate(self.data.on_devices(self.batch_sharding, first), first)
@@ -220,6 +221,10 @@ class _Run:
                 if last or done % experiment.eval_every == 0:
                     log.flush()
                     evaluation = self.evaluate(state, done, self.writer)
+                if self.score.due(done):
+                    log.flush()
+                    self.watch("evaluation", done)
+                    evaluation = evaluation | self.score(state, done, self.writer)
                 if experiment.preview_every and (last or done % experiment.preview_every == 0):
                     self.preview(state, done, self.writer)
                 leaves = self.preemption.reached(done) and not last
@@ -328,16 +333,6 @@ class _Run:
         videos = jax.device_get(self._preview(state, self.frozen, next(self._held_out())))
         if writer is not None:
             writer.write_videos(step, {"preview": to_uint8(videos[:8])})
-
-
-def _write_about(workdir: epath.Path, dataset: Dataset, fps: float) -> None:
-    """What sampling needs to know of the data, so that a workdir stands alone."""
-    about = {
-        "label_names": dataset.label_names,
-        "fps": fps or float(np.median(dataset.index["fps"])),
-        "fingerprint": dataset.fingerprint,
-    }
-    (workdir / DATASET).write_text(json.dumps(about, indent=2) + "\n")
 
 
 def _shape(batch: PyTree) -> Shape:

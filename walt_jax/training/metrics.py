@@ -80,7 +80,8 @@ class ProgressLine:
         done = step - self._start
         elapsed = time.monotonic() - self._began
         left = (self._total - step) * elapsed / max(done, 1)
-        texts = shown(values) + [f"{v:.3g} {k}" for k, v in rates.items()]
+        shares = {k: f"{100 * v:.2g} %" for k, v in rates.items() if k == "input wait"}
+        texts = shown(values) + [f"{shares.get(k, f'{v:.3g}')} {k}" for k, v in rates.items()]
         line = f"{self._what} {step}/{self._total}  {'  '.join(texts)}  {clock(left)} left"
         end = "\r" if sys.stderr.isatty() and step < self._total else "\n"
         print(line, end=end, file=sys.stderr, flush=True)

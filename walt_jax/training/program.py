@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from walt_jax.errors import UserError
 from walt_jax.parallel import Layout, state_shardings
-from walt_jax.parallel.sharding import batch_sharding, place, replicated
+from walt_jax.parallel.sharding import batch_sharding, lying, place, replicated
 from walt_jax.training.experiment import Experiment
 from walt_jax.training.flops import gradient_flops
 from walt_jax.training.optimizers import make_optimizer, make_schedule
@@ -44,6 +44,12 @@ class Program:
                     f"config.{name}={size} must be a multiple of the {shards} devices of the data "
                     f"and fsdp axes{times}."
                 )
+        for bucket in experiment.data.buckets.table if experiment.data.buckets else ():
+            if (bucket.batch_size or experiment.data.buckets.batch_multiple) % shards:
+                raise UserError(
+                    f"config.data.buckets: the batch_size of {bucket} (or batch_multiple, where it "
+                    f"is 0) must be a multiple of the {shards} devices of the data and fsdp axes."
+                )
         self.task, self.layout, self._mesh = experiment.task, Layout(mesh), mesh
         self._config = experiment.optimizer
         self._skips = experiment.guard.nonfinite == "skip"
@@ -54,7 +60,7 @@ class Program:
         self._create = functools.partial(TrainState.create, self.task, self._optimizer)
         shapes = jax.eval_shape(self._create, jax.random.key(0))
         self.shardings = state_shardings(shapes, mesh)
-        self.abstract = jax.tree.map(_lying, shapes, self.shardings)
+        self.abstract = jax.tree.map(lying, shapes, self.shardings)
 
     def create(self, seed: jax.Array) -> TrainState:
         """A fresh state on the devices, with the sub-networks that the task is given."""
@@ -87,8 +93,8 @@ class Program:
             donate_argnums=0,
             out_shardings=(self.shardings, replicated(self._mesh)),
         )
-        batch = {name: _lying(x, batch_sharding(self._mesh)) for name, x in shapes.items()}
-        everywhere = functools.partial(_lying, sharding=replicated(self._mesh))
+        batch = {name: lying(x, batch_sharding(self._mesh)) for name, x in shapes.items()}
+        everywhere = functools.partial(lying, sharding=replicated(self._mesh))
         seed = everywhere(np.zeros((), np.uint32))
         return jitted.lower(self.abstract, jax.tree.map(everywhere, frozen), batch, seed)
 
@@ -101,7 +107,3 @@ class Program:
             return task.loss(params, extra, frozen, batch, key, step, Layout())
 
         return gradient_flops(loss, state.params, state.extra, frozen, shapes)
-
-
-def _lying(x: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)

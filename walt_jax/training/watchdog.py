@@ -46,6 +46,10 @@ class Watchdog:
         """This process is alive: it begins `doing` (data, step, ...) after `step` updates."""
         self._place, self._mark = (step, doing), time.monotonic()
 
+    def alive(self) -> None:
+        """What it does takes long, but goes on."""
+        self._mark = time.monotonic()
+
     def _show(self) -> None:
         while not self._ended.wait(min(_PERIOD, self._seconds / 4)):
             step, doing = self._place

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -17,6 +18,7 @@ from walt_jax.kernels.attention.tpu_heads import (
     dot,
     grid_and_extra,
     normalise,
+    normalise_gradient,
     pipelined,
     powers,
     quarantine,
@@ -48,93 +50,94 @@ class _Operands(NamedTuple):
 
 def backward(plan: Plan, x: Inputs, dy: jax.Array, interpret: Any = False) -> Inputs:
     """The gradients of `forward`, None for integers."""
-    batch, d, dtype = len(dy), dy.shape[-1], dy.dtype
-    # Each core of a chip sums the bias gradient of its own heads, or else of half the batch.
-    alone = x.bias is not None and plan.lanes == d
-    cores = 2 if alone and batch // plan.tiles[0] % 2 == 0 else 1
     names, arrays, blocks = specs(plan, x)
     names, arrays, blocks = ["dy", *names], [plan.view(dy), *arrays], [plan.of_queries(), *blocks]
-
-    outs: dict[str, tuple[jax.ShapeDtypeStruct, pl.BlockSpec]] = {}
-    like = jax.ShapeDtypeStruct(arrays[0].shape, dtype)
-    outs["q"] = like, plan.of_queries()
-    if x.k is not None:
-        for name in "kv":
-            outs[name] = like, plan.of_keys()
-    if x.extra_k is not None:
-        for name in ("extra_k", "extra_v"):
-            outs[name] = jax.ShapeDtypeStruct(x.extra_k.shape, jnp.float32), plan.of_extra()
-    if x.q_scale is not None:
-        spec = pl.BlockSpec((None, 1, plan.lanes), lambda d, b, *_: (b, 0, d))
-        clips = batch // plan.tiles[0]
-        for name in ("q_scale", "k_scale"):
-            outs[name] = jax.ShapeDtypeStruct((clips, 1, d), jnp.float32), spec
-    sums = [name for name in outs if "_" in name]
-    in_specs, out_specs = (
-        [_by_core(spec, batch // plan.tiles[0] // cores) for spec in some]
-        for some in (blocks, [spec for _, spec in outs.values()])
-    )
-    shapes = [shape for shape, _ in outs.values()]
+    columns, steps, *rest = plan.pallas_grid(len(dy))
+    # Each core of a chip sums the bias gradient of its own heads, or else of half the batch.
+    cores = 2 if x.bias is not None and columns == 1 and steps % 2 == 0 else 1
+    outs = _outputs(plan, x, dy, cores)
+    of_clips = [name for name in outs if "_" in name]
     scratch: dict[str, Any] = {}
     if plan.parts > 1:
-        sums_of_keys = pltpu.VMEM((plan.keys, plan.lanes), jnp.float32)
-        scratch |= {"k_sum": sums_of_keys, "v_sum": sums_of_keys}
+        of_keys = pltpu.VMEM((plan.keys, plan.lanes), jnp.float32)
+        scratch |= {"k_sum": of_keys, "v_sum": of_keys}
     if x.bias is not None:
-        sizes = plan.parts, plan.keys, plan.rows
-        shapes.append(jax.ShapeDtypeStruct((cores, plan.num_heads, *sizes), jnp.float32))
-        spec = pl.BlockSpec((None, plan.heads, *sizes), lambda core, d, *_: (core, d, 0, 0, 0))
-        out_specs.append(spec)
         # Summed in scratch memory, whose address the compiler knows: what is written to an output
         # might be what an input is read from, and each head would wait for the one before.
-        scratch["bias_sum"] = pltpu.VMEM((plan.heads, *sizes), jnp.float32)
-    out_names = [*outs, *(["bias"] if x.bias is not None else [])]
+        scratch["bias_sum"] = pltpu.VMEM(outs["bias"][1].block_shape[1:], jnp.float32)
 
     def body(*refs: Any) -> None:
-        refs = dict(zip([*names, *(f"d{name}" for name in out_names), *scratch], refs))
+        refs = dict(zip([*names, *(f"d{name}" for name in outs), *scratch], refs))
         ids = [pl.program_id(i) for i in range(7)]
         first = functools.reduce(jnp.logical_and, (i == 0 for i in ids[3:]))
-        _clear_at(first, [refs[f"d{name}"] for name in sums])
+        _clear_at(first, [refs[f"d{name}"] for name in of_clips])
         _clear_at(ids[6] == 0, [refs[name] for name in ("k_sum", "v_sum") if name in refs])
-        if x.bias is not None:
-            _clear_at(first & (ids[2] == 0), [refs["bias_sum"]])
-        _Step(plan, refs, dtype).run()
-        if x.bias is not None:
-            ends = (i == pl.num_programs(n) - 1 for n, i in enumerate(ids[2:], 2))
+        if x.bias is None:
+            _Step(plan, refs, dy.dtype).run()
+            return
+        _clear_at(first & (ids[2] == 0), [refs["bias_sum"]])
+        _Step(plan, refs, dy.dtype).run()
+        ends = (i == pl.num_programs(axis) - 1 for axis, i in enumerate(ids[2:], 2))
 
-            @pl.when(functools.reduce(jnp.logical_and, ends))
-            def _() -> None:
-                refs["dbias"][...] = refs["bias_sum"][...]
+        @pl.when(functools.reduce(jnp.logical_and, ends))
+        def _() -> None:
+            refs["dbias"][...] = refs["bias_sum"][...]
 
-    windows = "arbitrary" if sums or x.bias is not None else "parallel"
     clips = "parallel" if x.bias is None else "arbitrary"
-    blocks_of_lanes, steps, *rest = plan.pallas_grid(batch)
+    windows = "arbitrary" if of_clips or x.bias is not None else "parallel"
     found = pl.pallas_call(
         body,
         name=f"{plan.name}_gradient",
-        out_shape=shapes,
-        grid=(cores, blocks_of_lanes, steps // cores, *rest),
-        in_specs=in_specs,
-        out_specs=out_specs,
+        out_shape=[shape for shape, _ in outs.values()],
+        grid=(cores, columns, steps // cores, *rest),
+        in_specs=[_by_core(spec, steps // cores) for spec in blocks],
+        out_specs=[_by_core(spec, steps // cores) for _, spec in outs.values()],
         scratch_shapes=list(scratch.values()),
         compiler_params=params("parallel", "parallel", clips, *[windows] * 3, "arbitrary"),
         interpret=interpret,
     )(*arrays)
-    gradients = dict(zip(out_names, found))
-    for name in "qkv":
-        if name in gradients:
-            gradients[name] = gradients[name].reshape(dy.shape)
-    for name in ("q_scale", "k_scale"):
-        if name in gradients:
-            gradients[name] = gradients[name].sum(0)
-    for name in ("extra_k", "extra_v"):
-        if name in gradients:
-            gradients[name] = gradients[name].astype(dtype)
-    if "bias" in gradients:
-        gradients["bias"] = gradients["bias"].sum(0).swapaxes(2, 3).reshape(x.bias.shape)
+    gradients = dict(zip(outs, found))
+    for name, gradient in gradients.items():
+        like = getattr(x, name)
+        if name == "bias":
+            gradient = gradient.sum(0).swapaxes(2, 3)
+        elif name.endswith("_scale"):
+            gradient = gradient.sum(0)
+        gradients[name] = gradient.astype(like.dtype).reshape(like.shape)
     return Inputs(**{name: gradients.get(name) for name in Inputs._fields})
 
 
+def _outputs(
+    plan: Plan, x: Inputs, dy: jax.Array, cores: int
+) -> dict[str, tuple[jax.ShapeDtypeStruct, pl.BlockSpec]]:
+    """Shapes and block specs of the gradients; those of extra keys and scales are sums."""
+    like = jax.ShapeDtypeStruct(plan.view(dy).shape, dy.dtype)
+    outs = {"q": (like, plan.of_queries())}
+    if x.k is not None:
+        outs |= {name: (like, plan.of_keys()) for name in "kv"}
+    if x.extra_k is not None:
+        extra = jax.ShapeDtypeStruct(x.extra_k.shape, jnp.float32)
+        outs |= {name: (extra, plan.of_extra()) for name in ("extra_k", "extra_v")}
+    if x.q_scale is not None:
+        steps = len(dy) // plan.tiles[0]
+        scale = jax.ShapeDtypeStruct((steps, 1, dy.shape[-1]), jnp.float32)
+        spec = pl.BlockSpec((None, 1, plan.lanes), lambda d, b, *_: (b, 0, d))
+        outs |= {name: (scale, spec) for name in ("q_scale", "k_scale")}
+    if x.bias is not None:
+        sizes = plan.parts, plan.keys, plan.rows
+        bias = jax.ShapeDtypeStruct((cores, plan.num_heads, *sizes), jnp.float32)
+        clips = len(dy) // plan.tiles[0] // cores
+        # By core, which `_by_core` hides in the number of the clip.
+        spec = pl.BlockSpec(
+            (None, plan.heads, *sizes), lambda d, b, *_: (lax.div(b, jnp.int32(clips)), d, 0, 0, 0)
+        )
+        outs["bias"] = bias, spec
+    return outs
+
+
 def _by_core(spec: pl.BlockSpec, clips: int) -> pl.BlockSpec:
+    """For a grid that begins with the cores, each of which takes so many steps of clips."""
+
     def index(core: Any, d: Any, b: Any, *rest: Any) -> tuple[Any, ...]:
         return spec.index_map(d, core * clips + b, *rest)
 
@@ -166,10 +169,10 @@ class _Step:
     def _operands(self, tile: Tile, g: int) -> _Operands:
         plan, refs, group = self.plan, self.refs, self.plan.groups[g]
         q, dy = (plan.read(refs[name], tile, group) for name in ("q", "dy"))
-        q = ask(plan, group)(q, *scales(refs, "q", group))
+        q = ask(plan, group, q, scales(refs, "q", group), self.dtype)
         k, v = (grid_and_extra(plan, refs, name, tile, group) for name in "kv")
         for scale in scales(refs, "k", group):
-            k = normalise(group, k, scale)
+            k = normalise(group, k, scale, self.dtype)
         asked, known = q, k
         if plan.merged:
             (asked, q, dy), (known, k, v) = quarantine(q, dy), quarantine(k, v)
@@ -204,17 +207,17 @@ class _Step:
         parts.append((dot(k, ds, (1, 0)), dot(ds, q, (1, 0)), dot(p, dy, (1, 0))))
         if len(parts) == group.heads:
             dq, dk, dv = zip(*parts)
-            self._queries(tile, group, jnp.concatenate(dq, 0).T * LN_2)
+            self._queries(tile, group, jnp.concatenate(dq, 0).T)
             self._keys(tile, group, group.join(dk) * LN_2, group.join(dv))
 
     def _queries(self, tile: Tile, group: Group, dq: jax.Array) -> None:
-        """Writes the gradient of q, given that of what `ask` makes of it."""
-        plan, scale = self.plan, scales(self.refs, "q", group)
-        q = plan.read(self.refs["q"], tile, group)
-        _, pull = jax.vjp(ask(plan, group), q, *scale)
-        dq, *dscale = pull(dq)
-        for gradient in dscale:
-            self.refs["dq_scale"][:, group.lanes] += gradient
+        """Writes the gradient of q, given that of what `ask` makes of it, without its log2(e)."""
+        plan = self.plan
+        dq *= plan.head_width**-0.5
+        for scale in scales(self.refs, "q", group):
+            q = plan.read(self.refs["q"], tile, group)
+            dq, dscale = normalise_gradient(group, q, scale, dq, self.dtype)
+            self.refs["dq_scale"][:, group.lanes] += dscale
         plan.write(self.refs["dq"], tile, group, dq)
 
     def _keys(self, tile: Tile, group: Group, dk: jax.Array, dv: jax.Array) -> None:
@@ -233,8 +236,7 @@ class _Step:
         plan = self.plan
         for scale in scales(self.refs, "k", group):
             k = grid_and_extra(plan, self.refs, "k", tile, group)
-            _, pull = jax.vjp(functools.partial(normalise, group), k, scale)
-            dk, dscale = pull(dk)
+            dk, dscale = normalise_gradient(group, k, scale, dk, self.dtype)
             self.refs["dk_scale"][:, group.lanes] += dscale
         for name, gradient in (("k", dk), ("v", dv)):
             if plan.has_grid:

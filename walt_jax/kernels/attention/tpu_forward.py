@@ -39,10 +39,11 @@ def forward(plan: Plan, x: Inputs, interpret: Any = False) -> jax.Array:
         @functools.cache
         def operands(tile: Tile, g: int) -> tuple[jax.Array, jax.Array, jax.Array]:
             group = plan.groups[g]
-            q = ask(plan, group)(plan.read(refs["q"], tile, group), *scales(refs, "q", group))
+            q = plan.read(refs["q"], tile, group)
+            q = ask(plan, group, q, scales(refs, "q", group), dtype)
             k, v = (grid_and_extra(plan, refs, name, tile, group) for name in "kv")
             for scale in scales(refs, "k", group):
-                k = normalise(group, k, scale)
+                k = normalise(group, k, scale, dtype)
             if plan.merged:
                 k, _, v = quarantine(k, v)
             return q, k.astype(dtype), v.T

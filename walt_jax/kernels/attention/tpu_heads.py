@@ -11,6 +11,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from walt_jax.kernels.attention.tpu_plan import Group, Plan, Tile
+from walt_jax.kernels.rows import LANES
 
 Ref = Any
 Refs = dict[str, Ref]  # those of options that are not used are missing
@@ -93,15 +94,52 @@ def dot(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
     )
 
 
-def normalise(group: Group, x: jax.Array, scale: jax.Array) -> jax.Array:
-    """Layer norm of each head (tokens, width) times its scale (1, width)."""
+def normalise(group: Group, x: jax.Array, scale: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Layer norm of each head of x, float32 (tokens, width), times its scale (1, width).
+
+    Args:
+      group: whose lanes these are.
+      x: values that `dtype` holds.
+      scale: float32.
+      dtype: what products take.
+    """
+    return _normal(group, x, dtype)[0] * scale
+
+
+def normalise_gradient(
+    group: Group, x: jax.Array, scale: jax.Array, dy: jax.Array, dtype: jnp.dtype
+) -> tuple[jax.Array, jax.Array]:
+    """Gradients of x and of the scale by `normalise`."""
+    y, inverse = _normal(group, x, dtype)
+    dscale, dy = (dy * y).sum(0, keepdims=True), dy * scale
+    dx = dy - _means(group, dy, dtype) - y * _means(group, dy * y, dtype)
+    return inverse * dx, dscale
+
+
+def _normal(group: Group, x: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    """x with mean 0 and variance 1 in each head, and 1 / its standard deviation."""
+    off = x - _means(group, x, dtype)
+    inverse = lax.rsqrt(_means(group, jnp.square(off), dtype) + EPS)
+    return off * inverse, inverse
+
+
+def _means(group: Group, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Means over the lanes of each head, at each of them: products, as sums of lanes are slow."""
     k, parts = group.width // group.heads, []
-    for i in range(group.heads):
-        tiles = x[:, group.touched(i)]
-        off = tiles - group.only(x, i).sum(-1, keepdims=True) * (1 / k)
-        own = group.mask(jnp.square(off), i)
-        parts.append(off * lax.rsqrt(own.sum(-1, keepdims=True) * (1 / k) + EPS))
-    return group.join(parts) * scale
+    for start in range(0, group.width, LANES):
+        stop = min(start + LANES, group.width)
+        heads = range(start // k, -(-stop // k))
+        near = slice(group.touched(heads[0]).start, group.touched(heads[-1]).stop)
+        row = lax.broadcasted_iota(jnp.int32, (near.stop - near.start, 1), 0) + near.start
+        lane = lax.broadcasted_iota(jnp.int32, (1, stop - start), 1) + start
+        # One more at both ends, for lanes of heads that are not here.
+        row, lane = (
+            sum(((at >= i * k).astype(jnp.int32) for i in [*heads, heads[-1] + 1]), 0 * at)
+            for at in (row, lane)
+        )
+        ones = jnp.where(row == lane, 1.0, 0.0).astype(dtype)
+        parts.append(dot(x[:, near].astype(dtype), ones, (1, 0)))
+    return jnp.concatenate(parts, axis=1) * (1 / k)
 
 
 def biased(refs: Refs, logits: jax.Array, head: int) -> jax.Array:
@@ -109,14 +147,13 @@ def biased(refs: Refs, logits: jax.Array, head: int) -> jax.Array:
     return logits + refs["bias"][head] * LOG2_E if "bias" in refs else logits
 
 
-def ask(plan: Plan, group: Group) -> Callable[..., jax.Array]:
-    """The function of (queries, *scale) that makes them what logits need, float32."""
-
-    def function(q: jax.Array, *scale: jax.Array) -> jax.Array:
-        q = normalise(group, q, *scale) if scale else q
-        return q * (plan.head_width**-0.5 * LOG2_E)
-
-    return function
+def ask(
+    plan: Plan, group: Group, q: jax.Array, scale: Sequence[jax.Array], dtype: jnp.dtype
+) -> jax.Array:
+    """Queries as logits need them, float32; `scale` is empty or holds that of their norm."""
+    for one in scale:
+        q = normalise(group, q, one, dtype)
+    return q * (plan.head_width**-0.5 * LOG2_E)
 
 
 def scales(refs: Refs, of: str, group: Group) -> list[jax.Array]:

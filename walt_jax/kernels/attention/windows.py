@@ -9,7 +9,7 @@ import numpy as np
 from walt_jax.errors import UserError
 
 Window = tuple[int, int, int]
-Extra = tuple[jax.Array, jax.Array, jax.Array | None]  # keys (B, E, D), values, mask bool (B, E)
+Extra = tuple[jax.Array, jax.Array, jax.Array | None]  # keys (B, E, D), values, mask bool
 Scales = tuple[jax.Array, jax.Array]  # of normed queries and keys, (K,) each
 
 
@@ -77,4 +77,5 @@ def without_padding(extra_kv: Extra) -> Extra:
     k_BED, v_BED, mask_BE = extra_kv
     if mask_BE is None:
         return extra_kv
-    return *(jnp.where(mask_BE[..., None], x, 0) for x in (k_BED, v_BED)), mask_BE
+    seen_BE = mask_BE if mask_BE.ndim == 2 else mask_BE.any(axis=(1, 2, 3))
+    return *(jnp.where(seen_BE[..., None], x, 0) for x in (k_BED, v_BED)), mask_BE

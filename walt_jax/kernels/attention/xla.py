@@ -57,7 +57,10 @@ def attention(
         *heads, mask = extra_kv
         k_BEHK, v_BEHK = (x.reshape(*x.shape[:2], num_heads, -1) for x in heads)
         logits.append(_logits("BNHLK,BEHK->BNHLE", q_BNHLK, k_BEHK))
-        masks.append(None if mask is None else mask[:, None, None, None])
+        if mask is None or mask.ndim == 2:
+            masks.append(None if mask is None else mask[:, None, None, None])
+        else:
+            masks.append(to_windows(mask, block, 1))
         values.append(("BNHLE,BEHK->BNHLK", v_BEHK))
     weights = jnp.split(_softmax(logits, masks), [logits[0].shape[-1]], axis=-1)
     out_BNHLK = sum(

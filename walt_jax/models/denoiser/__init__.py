@@ -4,6 +4,7 @@ from walt_jax.models.denoiser.conditions import Conditions
 from walt_jax.models.denoiser.config import CrossAttentionConfig, DenoiserConfig
 from walt_jax.models.denoiser.denoiser import Denoiser
 from walt_jax.models.denoiser.dit_weights import import_dit
+from walt_jax.models.denoiser.packing import Packing
 from walt_jax.models.denoiser.transfer import transfer
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "CrossAttentionConfig",
     "Denoiser",
     "DenoiserConfig",
+    "Packing",
     "import_dit",
     "transfer",
 ]

@@ -18,8 +18,9 @@ from walt_jax.models.denoiser.layers import (
     layer_norm,
     linear,
     modulate,
-    over_grid,
+    over,
 )
+from walt_jax.models.denoiser.packing import Packing
 from walt_jax.parallel import Layout
 
 
@@ -33,6 +34,7 @@ class Context:
       memory_BMD: tokens outside of the grid that layers read, or None; memory_mask_BM: which.
       segment_ids: int (B, T, H, W), tokens of other numbers are hidden; or None.
       image: the tokens are one frame of a grid with more.
+      packing: the tokens are packed videos; then vectors are (B, S, D), one a video.
     """
 
     condition_BD: jax.Array
@@ -41,6 +43,11 @@ class Context:
     memory_mask_BM: jax.Array | None = None
     segment_ids: jax.Array | None = None
     image: bool = False
+    packing: Packing | None = None
+
+    def over(self, x: jax.Array, vectors: jax.Array) -> jax.Array:
+        """Vectors (B, D), or (B, S, D) of packed videos, to multiply tokens x (B, T, H, W, D)."""
+        return over(x, vectors) if self.packing is None else self.packing.over_grid(vectors)
 
 
 def num_vectors(config: DenoiserConfig) -> int:
@@ -122,6 +129,7 @@ class Layer(nnx.Module):
                     causal=config.causal,
                     image_identity=config.image_identity,
                     relative_bias=config.relative_bias,
+                    any_size=config.any_size,
                     qk_norm=config.qk_norm,
                     dtype=dtype,
                     rngs=rngs,
@@ -158,7 +166,11 @@ class Layer(nnx.Module):
     def __call__(self, x: jax.Array, context: Context, layout: Layout) -> jax.Array:
         config, cross = self.config, self.config.cross_attention
         branches = self._branches(context, x.dtype)
-        seen = {"image": context.image, "segment_ids": context.segment_ids}
+        seen = {
+            "image": context.image,
+            "segment_ids": context.segment_ids,
+            "packing": context.packing,
+        }
         for i, attention in enumerate(self.attentions):
             # STDiT's temporal attention reads x as it is and has the spatial one's gate.
             if i and config.conditioning == "adaln_single":
@@ -175,7 +187,8 @@ class Layer(nnx.Module):
                 x = x + gate(self.cross(norm(x), *memory, layout, **seen))
         norm, gate = next(branches)
         with jax.named_scope("mlp"):
-            return x + gate(self.down(gelu(checkpoint_name(self.up(norm(x)), "up"))))
+            h = gelu(checkpoint_name(self.up(norm(x)), "up"))
+            return x + gate(checkpoint_name(self.down(h), "down"))
 
     def _branches(
         self, context: Context, dtype: jnp.dtype
@@ -185,14 +198,17 @@ class Layer(nnx.Module):
             for norm in self.norms:
                 yield norm, _as_it_is
             return
-        vectors = self.modulation(context).astype(dtype)
+        with jax.named_scope("modulation"):
+            vectors = self.modulation(context).astype(dtype)
         vectors = iter(jnp.split(vectors, num_vectors(self.config), axis=-1))
         for shift in vectors:
             scale = next(vectors)
             gate = None if self.config.conditioning == "adaln" else next(vectors)
             yield (
-                lambda x, shift=shift, scale=scale: modulate(layer_norm(x), shift, scale),
-                _as_it_is if gate is None else lambda y, gate=gate: over_grid(gate) * y,
+                lambda x, vectors=(shift, scale): modulate(
+                    layer_norm(x), *(context.over(x, v) for v in vectors)
+                ),
+                _as_it_is if gate is None else lambda y, gate=gate: context.over(y, gate) * y,
             )
 
 

@@ -4,11 +4,13 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from walt_jax.errors import UserError
 from walt_jax.models.denoiser.config import DenoiserConfig
 from walt_jax.models.denoiser.layers import TimeEmbedding, linear, sinusoids
+from walt_jax.models.denoiser.packing import Packing
 from walt_jax.models.denoiser.patches import patchify, volume
 
 
@@ -48,7 +50,9 @@ def check(config: DenoiserConfig, conditions: Conditions, z: jax.Array) -> None:
     fits = {(*config.grid, config.latent_channels), (1, *config.grid[1:], config.latent_channels)}
     if config.patch_size[0] > 1:
         fits = {(*config.grid, config.latent_channels)}  # an image is less than a patch
-    if z.shape[1:] not in fits:
+    if config.any_size:
+        _check_any_size(config, z)
+    elif z.shape[1:] not in fits:
         raise UserError(
             f"Latents of shape {z.shape[1:]} do not fit this denoiser, which was built for "
             f"{' or '.join(map(str, sorted(fits, reverse=True)))}."
@@ -94,6 +98,63 @@ def check(config: DenoiserConfig, conditions: Conditions, z: jax.Array) -> None:
                 f"The condition {name!r} has the shape {value.shape}, but with these latents it "
                 f"must have {shape}."
             )
+
+
+def _check_any_size(config: DenoiserConfig, z: jax.Array) -> None:
+    *sizes, channels = z.shape[1:]
+    fits = channels == config.latent_channels and len(sizes) == 3
+    fits = fits and not any(n % p for n, p in zip(sizes, config.patch_size))
+    if fits and (config.positions == "fractional" or np.all(np.array(sizes) <= config.grid)):
+        return
+    most = "" if config.positions == "fractional" else f" and at most {config.grid}"
+    raise UserError(
+        f"Latents of shape {z.shape[1:]} do not fit this denoiser, which takes (T, H, W, "
+        f"{config.latent_channels}) with T, H, W multiples of {config.patch_size}{most}."
+    )
+
+
+def check_packed(
+    config: DenoiserConfig, z: jax.Array, conditions: Conditions, packing: Packing
+) -> None:
+    """Refuses what cannot be packed.
+
+    Raises:
+      UserError: a network whose parts need a whole video, or arrays of other shapes; one sentence.
+    """
+    spans = any(window[0] != 1 for window in config.windows)
+    wrong = {
+        f"positions={config.positions!r}: make it 'factorised' or 'fractional'": (
+            not config.any_size
+        ),
+        f"conditioning={config.conditioning!r}: modulate (adaln...) or add": config.conditioning
+        in ("in_context", "cross_attention"),
+        f"given={config.given!r}: make it 'none'": config.given != "none",
+        "causal=True: make it False": config.causal,
+        f"upsampling={config.upsampling}: make it None": config.upsampling is not None,
+        "output_conv=True: make it False": config.output_conv,
+        "image_identity=True, and blocks of one frame can be images: make it False": (
+            config.image_identity and spans and packing.block[0] == 1
+        ),
+        f"relative_bias=True, and windows={config.windows} do not all lie within a block of "
+        f"{packing.block} tokens or span the whole axis: make it False": config.relative_bias
+        and not all(0 in window or packing.holds(window) for window in config.windows),
+    }
+    for what, found in wrong.items():
+        if found:
+            raise UserError(f"Packed videos do not go with config.task.model.{what}.")
+    b, n = packing.segments.shape
+    s = packing.extents.shape[1]
+    block = tuple(size * patch for size, patch in zip(packing.block, config.patch_size))
+    shapes = {
+        "latents": (z, (b, n, *block, config.latent_channels)),
+        "places": (packing.places, (b, n, 3)),
+        "extents": (packing.extents, (b, s, 3)),
+        "label": (conditions.label, (b, s)),
+        "estimate": (conditions.estimate, z.shape),
+    }
+    for name, (array, shape) in shapes.items():
+        if array is not None and array.shape != shape:
+            raise UserError(f"Of packed videos {name!r} has the shape {shape}, not {array.shape}.")
 
 
 def mask_given(z: jax.Array, conditions: Conditions) -> tuple[jax.Array, jax.Array]:
@@ -143,7 +204,7 @@ class Embedder(nnx.Module):
         return jnp.concatenate(parts, axis=-1)
 
     def vectors(self, t: jax.Array, conditions: Conditions) -> list[jax.Array]:
-        """Time and class, each float32 (B, D).
+        """Time and class, each float32 (B, D), of packed videos (B, S, D).
 
         The time of the low-resolution latents' noise has half of the sinusoids, so that the same
         Dense layers read both times: SR2's published size leaves no room for more.

@@ -66,7 +66,10 @@ class DenoiserConfig:
         (W.A.L.T's joint training); otherwise they attend within the window's part of one frame.
       relative_bias: Swin's relative position bias in every layer and head.
       positions: absolute positions, "learned" tables, "sincos" (fixed: DiT, Latte), or
-        "sincos_space" (fixed in a frame, learned over frames: videos from a DiT of images).
+        "sincos_space" (fixed in a frame, learned over frames: videos from a DiT of images). With
+        NaViT's two the network takes clips of any size, also packed, and `grid` is that of samples:
+        "factorised", a learned table an axis, for sizes up to the grid; "fractional", such tables
+        of the share of the axis, for any. Then windows that span an axis have no relative_bias.
       qk_norm: layer norm of queries and keys in each head (ViT-22B).
       skips: U-ViT's long skip connections between the first and the last half of the layers.
       output_conv: U-ViT's 3 x 3 convolution of each frame after the last layer.
@@ -109,7 +112,7 @@ class DenoiserConfig:
     causal: bool = False
     image_identity: bool = True
     relative_bias: bool = True
-    positions: Literal["learned", "sincos", "sincos_space"] = "learned"
+    positions: Literal["learned", "sincos", "sincos_space", "factorised", "fractional"] = "learned"
     qk_norm: bool = True
     skips: bool = False
     output_conv: bool = False
@@ -134,7 +137,7 @@ class DenoiserConfig:
     learned_sigma: bool = False
     attention: Literal[IMPLEMENTATIONS] | None = None
     remat: bool = True
-    kept: tuple[Literal["qkv", "attention", "up"], ...] = ()
+    kept: tuple[Literal["qkv", "attention", "up", "down"], ...] = ()
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
 
     def __post_init__(self) -> None:
@@ -174,7 +177,7 @@ class DenoiserConfig:
                 "that share the heads",
             ),
             (
-                self.positions != "learned" and self.width % 4 != 0,
+                self.positions.startswith("sincos") and self.width % 4 != 0,
                 f"width={self.width} must be a multiple of 4 for positions={self.positions!r}",
             ),
             (
@@ -218,6 +221,11 @@ class DenoiserConfig:
         """(T, H, W) of the tokens."""
         t, h, w = (g // p for g, p in zip(self.grid, self.patch_size))
         return t, h, w
+
+    @property
+    def any_size(self) -> bool:
+        """Whether clips of other sizes than the grid's are taken."""
+        return self.positions in ("factorised", "fractional")
 
     @property
     def modulated(self) -> bool:

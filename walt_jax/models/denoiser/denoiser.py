@@ -7,9 +7,16 @@ from flax import nnx
 
 from walt_jax.models.build import stack
 from walt_jax.models.denoiser.block import Context, Group, num_vectors
-from walt_jax.models.denoiser.conditions import Conditions, Embedder, channels_in, check
+from walt_jax.models.denoiser.conditions import (
+    Conditions,
+    Embedder,
+    channels_in,
+    check,
+    check_packed,
+)
 from walt_jax.models.denoiser.config import DenoiserConfig
-from walt_jax.models.denoiser.layers import Affine, layer_norm, linear, modulate, over_grid
+from walt_jax.models.denoiser.layers import Affine, AxisEmbedding, layer_norm, linear, modulate
+from walt_jax.models.denoiser.packing import Packing, from_row, to_row, whole
 from walt_jax.models.denoiser.patches import (
     depth_to_space,
     patchify,
@@ -40,7 +47,13 @@ class Denoiser(nnx.Module):
         )
         self.temporal_embedding = (
             nnx.Param(table(rngs.params(), (t, width)))
-            if config.positions != "sincos" and t > 1
+            if config.positions in ("learned", "sincos_space") and t > 1
+            else None
+        )
+        fractional = config.positions == "fractional"
+        self.axes = (
+            nnx.List([AxisEmbedding(n, width, fractional=fractional, rngs=rngs) for n in (t, h, w)])
+            if config.any_size
             else None
         )
         self.embed = Embedder(config, rngs)
@@ -90,31 +103,44 @@ class Denoiser(nnx.Module):
         t: jax.Array,
         conditions: Conditions = Conditions(),  # noqa: B008
         layout: Layout = Layout(),  # noqa: B008
+        packing: Packing | None = None,
     ) -> jax.Array:
         """One evaluation of the network.
 
         Args:
-          z: noisy latents (B, T, H, W, latent_channels) on the config's grid, or images of T = 1.
-          t: timesteps (B,), 0 (clean) to the schedule's length - 1 (noise).
-          conditions: what the network is told.
+          z: noisy latents (B, T, H, W, latent_channels) on the config's grid, or images of T = 1;
+            with the positions of any size on any grid. Packed: (B, N, t, h, w, latent_channels), N
+            blocks a row.
+          t: timesteps (B,), 0 (clean) to the schedule's length - 1 (noise). Packed: (B, S).
+          conditions: what the network is told. Packed: arrays have (B, S) where they had (B,), and
+            `estimate` is like z.
           layout: where activations lie on the mesh.
+          packing: which video each block belongs to, for rows of packed videos.
 
         Returns:
-          float32 (B, T, H, W, latent_channels), twice the channels with learned_sigma.
+          float32 like z, twice the channels with learned_sigma; anything in padding.
 
         Raises:
           UserError: latents of another shape, a condition that is lacking or that the network was
             not built for.
         """
-        check(self.config, conditions, z)
-        patches = patchify(self.embed.channels(z, conditions), self.config.patch_size)
-        x = self._add_positions(self.patch_in(patches))
-        b, frames, rows, columns, _ = x.shape
-        x, context = self._tell(x, z, t, conditions)
+        with jax.named_scope("embed"):
+            if packing is None:
+                check(self.config, conditions, z)
+                inputs = self.embed.channels(z, conditions)
+            else:
+                check_packed(self.config, z, conditions, packing)
+                inputs = to_row(self.embed.channels(z, conditions))
+            patches = patchify(inputs, self.config.patch_size)
+            x = self._add_positions(self.patch_in(patches), packing)
+            b, frames, rows, columns, _ = x.shape
+            x, context = self._tell(x, z, t, conditions, packing)
         x = self._layers(layout.tokens(x), context, layout)
         if self.config.conditioning == "in_context":
             x = x[:, -frames * rows * columns :].reshape(b, frames, rows, columns, -1)
-        return self._read_out(x[:, :frames], context.condition_BD)
+        with jax.named_scope("read_out"):
+            out = self._read_out(x[:, :frames], context)
+        return out if packing is None else from_row(out, z.shape[1])
 
     @jax.named_scope("upsample")
     def upsample(self, low: jax.Array) -> jax.Array:
@@ -126,11 +152,18 @@ class Denoiser(nnx.Module):
 
     @jax.named_scope("embed")
     def _tell(
-        self, x: jax.Array, z: jax.Array, t: jax.Array, conditions: Conditions
+        self,
+        x: jax.Array,
+        z: jax.Array,
+        t: jax.Array,
+        conditions: Conditions,
+        packing: Packing | None,
     ) -> tuple[jax.Array, Context]:
         """The tokens with those that stand beside the grid's, and what all layers are given."""
         config, vectors = self.config, self.embed.vectors(t, conditions)
-        image = x.shape[1] < config.tokens[0]
+        frames = x.shape[1]
+        image = frames == 1 if config.any_size else frames < config.tokens[0]
+        image = image and packing is None and config.tokens[0] > 1
         memory, segment_ids = [], None
         if config.given in ("adaln", "cross_attention", "tokens"):
             given, known = self.embed.given_tokens(z, conditions)
@@ -146,23 +179,36 @@ class Denoiser(nnx.Module):
                 ids = jnp.where(known, 0, alone)
                 segment_ids = jnp.concatenate([jnp.zeros_like(ids), ids], axis=1)
         if config.text_features:
-            memory.append((self.embed.text(conditions.text), conditions.text_mask))
+            text, mask = self.embed.text(conditions.text), conditions.text_mask
+            if packing is not None:
+                text, mask = packing.flat(text), packing.of_own(text.shape[2], mask)
+            memory.append((text, mask))
         condition, tokens = sum(vectors[1:], vectors[0]), jnp.stack(vectors, axis=1)
         if config.conditioning == "cross_attention":
             memory.append((tokens, None))
         if config.conditioning == "added":
-            x = x + over_grid(condition).astype(x.dtype)
+            where = Context(condition, packing=packing)
+            x = x + where.over(x, condition.astype(x.dtype))
         if config.conditioning == "in_context":
             if self.token_embedding is not None:
                 tokens = tokens + self.token_embedding[...]
             x = jnp.concatenate([tokens.astype(x.dtype), _flat(x)], axis=1)[:, :, None, None]
             image = False  # a sequence now, read as a whole
         shared = None if self.adaln is None else self.adaln(nnx.silu(condition))
-        return x, Context(condition, shared, *_join(memory, x.dtype), segment_ids, image)
+        memory = _join(memory, x.dtype)
+        return x, Context(condition, shared, *memory, segment_ids, image, packing)
 
-    def _add_positions(self, x: jax.Array) -> jax.Array:
+    def _add_positions(self, x: jax.Array, packing: Packing | None = None) -> jax.Array:
         """Adds the places' embeddings; an image has the first frame's."""
         frames, rows, columns, width = x.shape[1:]
+        if self.axes is not None:
+            packing = packing or whole(x.shape[1:4])
+            parts = []
+            for axis, embedding in enumerate(self.axes):
+                extents = packing.of_blocks(packing.extents)[..., axis]
+                part = embedding(packing.places_of_tokens(axis), extents)
+                parts.append(jnp.expand_dims(part, [2 + i for i in range(3) if i != axis]))
+            return x + to_row(sum(parts[1:], parts[0])).astype(x.dtype)
         if self.spatial_embedding is not None:
             places = self.spatial_embedding[...]
         else:
@@ -209,17 +255,17 @@ class Denoiser(nnx.Module):
         x, saved = jax.lax.scan(group, x, (nnx.to_pure_dict(state), given))
         return x, skips if saved is None else saved
 
-    @jax.named_scope("read_out")
-    def _read_out(self, x: jax.Array, condition: jax.Array) -> jax.Array:
-        x = x.astype(jnp.float32)
+    def _read_out(self, x: jax.Array, context: Context) -> jax.Array:
+        x, condition = x.astype(jnp.float32), context.condition_BD
         if self.norm_out is not None:
             x = self.norm_out(x)
         else:
             if self.table_out is not None:
-                vectors = self.table_out[...] + jnp.tile(condition, 2)
+                vectors = self.table_out[...] + jnp.concatenate([condition] * 2, axis=-1)
             else:
                 vectors = self.adaln_out(nnx.silu(condition))
-            x = modulate(layer_norm(x), *jnp.split(vectors, 2, axis=-1))
+            vectors = jnp.split(vectors, 2, axis=-1)
+            x = modulate(layer_norm(x), *(context.over(x, v) for v in vectors))
         out = unpatchify(self.patch_out(x), self.config.patch_size)
         return out if self.conv_out is None else _by_frame(self.conv_out, out)
 

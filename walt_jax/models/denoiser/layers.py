@@ -1,5 +1,6 @@
 """Parts of the transformer's layers: norms, embeddings of time and place, attention."""
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -11,10 +12,12 @@ from jax.ad_checkpoint import checkpoint_name
 
 from walt_jax.kernels import ExtraKv, resolve_window
 from walt_jax.kernels.window_attention import Window
+from walt_jax.models.denoiser.packing import Packing, to_frame
 from walt_jax.parallel import Layout, sharded_attention
 
 _kernel_init = nnx.initializers.xavier_uniform()
 _zeros = nnx.initializers.zeros
+_SUBLANES = 8  # rows of ones: a product of fewer would be a sum again
 
 
 @jax.custom_vjp
@@ -54,12 +57,21 @@ class Dense(nnx.Linear):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """(..., features_in) to (..., features) in the layer's dtype."""
-        kernel, bias = (
-            None if param is None else param[...].astype(self.dtype)
-            for param in (self.kernel, self.bias)
+        (y,) = self.parts(x, 1)
+        return y
+
+    def parts(self, x: jax.Array, number: int, first: int = 0) -> list[jax.Array]:
+        """The features in equal parts, each a product of its own: to split them is a copy.
+
+        Those before the `first` part are left out.
+        """
+        kernels, biases = (
+            [None] * number if p is None else jnp.split(p[...].astype(self.dtype), number, axis=-1)
+            for p in (self.kernel, self.bias)
         )
-        y = _product(x.astype(self.dtype), kernel)
-        return y if bias is None else y + bias
+        x = x.astype(self.dtype)
+        products = (_product(x, kernel) for kernel in kernels[first:])
+        return [y if b is None else y + over(y, b) for y, b in zip(products, biases[first:])]
 
 
 @jax.custom_vjp
@@ -78,6 +90,32 @@ def _product_gradient(
 _product.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _product_gradient)
 
 
+def over(x: jax.Array, vectors: jax.Array) -> jax.Array:
+    """Vectors (D,), or (B, D) of each sample, repeated over x (B, ..., D).
+
+    Their gradients, sums over all tokens, are products with ones: on TPUs sums of rows take twenty
+    times as long.
+    """
+    return _repeat(vectors, x.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _repeat(vectors: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    places = (1,) * (len(shape) - vectors.ndim)
+    return jnp.broadcast_to(vectors.reshape(*vectors.shape[:-1], *places, shape[-1]), shape)
+
+
+def _sum(shape: tuple[int, ...], batch: int, dy: jax.Array) -> tuple[jax.Array]:
+    dy = dy.reshape(*dy.shape[:batch], -1, dy.shape[-1])
+    ones = jnp.ones((*dy.shape[:batch], _SUBLANES, dy.shape[-2]), dy.dtype)
+    precision = jax.lax.Precision.HIGHEST if dy.dtype == jnp.float32 else None
+    total = jnp.matmul(ones, dy, precision=precision, preferred_element_type=jnp.float32)
+    return (total[..., 0, :].astype(dy.dtype),)
+
+
+_repeat.defvjp(lambda vectors, shape: (_repeat(vectors, shape), vectors.ndim - 1), _sum)
+
+
 def linear(
     features_in: int, features: int, dtype: jnp.dtype, rngs: nnx.Rngs, *, zero: bool = False
 ) -> Dense:
@@ -86,26 +124,21 @@ def linear(
     return Dense(features_in, features, kernel_init=init, dtype=dtype, rngs=rngs)
 
 
-def over_grid(vectors_BD: jax.Array) -> jax.Array:
-    """(B, D) to (B, 1, 1, 1, D)."""
-    return vectors_BD[:, None, None, None, :]
-
-
-def modulate(x: jax.Array, shift_BD: jax.Array, scale_BD: jax.Array) -> jax.Array:
-    """x (1 + scale) + shift, a vector a sample."""
-    return x * (1 + over_grid(scale_BD)) + over_grid(shift_BD)
+def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+    """x (1 + scale) + shift, which lie over the grid."""
+    return x * (1 + scale) + shift
 
 
 def sinusoids(values: jax.Array, features: int) -> jax.Array:
-    """Cosines and sines of (B,) values at falling frequencies: float32 (B, features)."""
+    """Cosines and sines of (...) values at falling frequencies: float32 (..., features)."""
     half = features // 2
     frequencies = np.exp(-math.log(10_000) * np.arange(half) / half)
-    angles = values.astype(jnp.float32)[:, None] * frequencies.astype(np.float32)
+    angles = values.astype(jnp.float32)[..., None] * frequencies.astype(np.float32)
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
 class TimeEmbedding(nnx.Module):
-    """Sinusoids of the time through two Dense layers: (B, num_sinusoids) to (B, D)."""
+    """Sinusoids of the time through two Dense layers: (..., num_sinusoids) to (..., D)."""
 
     def __init__(self, width: int, num_sinusoids: int, rngs: nnx.Rngs) -> None:
         self.dense_in = linear(num_sinusoids, width, jnp.float32, rngs)
@@ -113,6 +146,30 @@ class TimeEmbedding(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.dense_out(nnx.silu(self.dense_in(x)))
+
+
+class AxisEmbedding(nnx.Module):
+    """Learned positions along one axis (NaViT, 2307.06304, section 2.1)."""
+
+    def __init__(self, length: int, width: int, *, fractional: bool, rngs: nnx.Rngs) -> None:
+        self.fractional = fractional
+        self.table = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (length, width)))
+
+    def __call__(self, places: jax.Array, extents: jax.Array) -> jax.Array:
+        """Of places (..., L) in videos with so many places (...): float32 (..., L, D).
+
+        Fractional ones read the table between its entries, at (place + 1/2) / extent of its length;
+        a video of this length has the entries themselves.
+        """
+        table = self.table[...]
+        if not self.fractional:
+            return table[places]
+        length = table.shape[0]
+        at = (places + 0.5) / jnp.maximum(extents, 1)[..., None] * length - 0.5
+        at = jnp.clip(at, 0.0, length - 1.0)
+        low = jnp.floor(at).astype(jnp.int32)
+        share = (at - low)[..., None]
+        return (1 - share) * table[low] + share * table[jnp.minimum(low + 1, length - 1)]
 
 
 class Affine(nnx.Module):
@@ -125,7 +182,8 @@ class Affine(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = layer_norm(x)
-        return y * self.scale[...].astype(x.dtype) + self.shift[...].astype(x.dtype)
+        scale, shift = (over(y, param[...].astype(x.dtype)) for param in (self.scale, self.shift))
+        return y * scale + shift
 
 
 def of_image(window: Window) -> Window:
@@ -178,6 +236,7 @@ class Attention(nnx.Module):
         causal: bool,
         image_identity: bool,
         relative_bias: bool,
+        any_size: bool = False,
         qk_norm: bool,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
@@ -190,7 +249,9 @@ class Attention(nnx.Module):
         self.qkv = linear(width, 3 * width, dtype, rngs)
         self.out = linear(width, width, dtype, rngs)
         self.norm = HeadNorm(width, num_heads) if qk_norm else None
-        blocks = [resolve_window(grid, window) for window in self.windows]
+        # A window that spans an axis is as large as the clip.
+        self.biased = [i for i, w in enumerate(self.windows) if not any_size or 0 not in w]
+        blocks = [resolve_window(grid, self.windows[i]) for i in self.biased]
         self.biases = (
             nnx.List([RelativeBias(block, self.share, rngs) for block in blocks])
             if relative_bias
@@ -204,45 +265,42 @@ class Attention(nnx.Module):
         *,
         image: bool = False,
         segment_ids: jax.Array | None = None,
+        packing: Packing | None = None,
     ) -> jax.Array:
         """x (B, T, H, W, D); `image` where it is one frame of the grid that this was built for."""
         passes = [image and self.image_identity and window[0] != 1 for window in self.windows]
         if all(passes):
-            return self.out(self._values(x))
-        q, k, v = jnp.split(checkpoint_name(self.qkv(x), "qkv"), 3, axis=-1)
+            return self.out(*self.qkv.parts(x, 3, first=2))
+        count = len(self.windows)
+        shares = [checkpoint_name(y, "qkv") for y in self.qkv.parts(x, 3 * count)]
         outs = []
-        shares = (jnp.split(y, len(self.windows), axis=-1) for y in (q, k, v))
-        for i, (window, *qkv) in enumerate(zip(self.windows, *shares)):
+        for i, window in enumerate(self.windows):
+            qkv = shares[i::count]
             if passes[i]:
                 outs.append(qkv[2])
                 continue
+            ids = segment_ids
+            if packing is not None:
+                ids = None if packing.holds(window) else to_frame(packing.window_ids(window))
+                qkv = qkv if ids is None else [to_frame(y) for y in qkv]
+                window = packing.native(window)
             window = of_image(window) if image else window
             bias = None
-            if self.biases is not None:
-                bias = self.biases[i](resolve_window(x.shape[1:4], window))
-            outs.append(
-                sharded_attention(
-                    layout.mesh,
-                    *qkv,
-                    num_heads=self.share,
-                    window=window,
-                    bias=bias,
-                    causal=self.causal,
-                    segment_ids=segment_ids,
-                    qk_norm=self.norm and self.norm.scales(),
-                    implementation=self.implementation,
-                )
+            if self.biases is not None and i in self.biased:
+                bias = self.biases[self.biased.index(i)](resolve_window(x.shape[1:4], window))
+            out = sharded_attention(
+                layout.mesh,
+                *qkv,
+                num_heads=self.share,
+                window=window,
+                bias=bias,
+                causal=self.causal,
+                segment_ids=ids,
+                qk_norm=self.norm and self.norm.scales(),
+                implementation=self.implementation,
             )
+            outs.append(out.reshape(*x.shape[:4], -1))
         return self.out(checkpoint_name(jnp.concatenate(outs, axis=-1), "attention"))
-
-    def _values(self, x: jax.Array) -> jax.Array:
-        """The values alone: what an identity mask needs of the three."""
-        dtype = self.qkv.dtype
-        kernel, bias = (
-            jnp.split(param[...], 3, axis=-1)[2].astype(dtype)
-            for param in (self.qkv.kernel, self.qkv.bias)
-        )
-        return x.astype(dtype) @ kernel + bias
 
 
 class CrossAttention(nnx.Module):
@@ -282,22 +340,24 @@ class CrossAttention(nnx.Module):
         *,
         image: bool = False,
         segment_ids: jax.Array | None = None,
+        packing: Packing | None = None,
     ) -> jax.Array:
-        """x (B, T, H, W, D) reads the memory where its mask is True."""
-        keys = self._keys(x) if self.queries else (None, None)
+        """x (B, T, H, W, D) reads the memory where its mask is True; (B, M) or for each token."""
+        keys = self.kv.parts(x, 2) if self.queries else (None, None)
+        window = self.window
+        if packing is not None:
+            segment_ids = None if packing.holds(window) else packing.window_ids(window)
+            window = packing.native(window)
         out = sharded_attention(
             layout.mesh,
             self.q(x),
             *keys,
             num_heads=self.num_heads,
-            window=of_image(self.window) if image else self.window,
+            window=of_image(window) if image else window,
             causal=self.causal,
             segment_ids=segment_ids if self.queries else None,
-            extra_kv=ExtraKv(*self._keys(memory_BMD), mask_BM),
+            extra_kv=ExtraKv(*self.kv.parts(memory_BMD, 2), mask_BM),
             qk_norm=self.norm and self.norm.scales(),
             implementation=self.implementation,
         )
         return self.out(out)
-
-    def _keys(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return jnp.split(self.kv(x), 2, axis=-1)

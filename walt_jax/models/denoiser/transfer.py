@@ -228,7 +228,7 @@ class _Move:
                 return _resize(frame, (*new.tokens[1:], old.width)).reshape(fresh.shape)
             case ["temporal_embedding"]:
                 return np.zeros_like(fresh) if x is None else _resize(x, fresh.shape)
-            case [*_, "biases", _, "table"] if x is not None:
+            case ["axes", _, "table"] | [*_, "biases", _, "table"] if x is not None:
                 return _resize(x, fresh.shape)
             case ["embed", "class_embedding"]:
                 return self._classes(x, fresh)

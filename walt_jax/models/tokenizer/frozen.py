@@ -50,6 +50,12 @@ class FrozenTokenizer:
             digest.update(np.ascontiguousarray(leaf, np.float32).tobytes())
         return cls(params, mean, std, config, digest.hexdigest()[:16])
 
+    @classmethod
+    def abstract(cls, config: TokenizerConfig) -> "FrozenTokenizer":
+        """Shapes alone, to compile with."""
+        channels = jax.ShapeDtypeStruct((config.latent_channels,), jnp.float32)
+        return cls(network(config).shapes(), channels, channels, config, "none")
+
     def encode(self, x: jax.Array, layout: Layout = Layout()) -> jax.Array:  # noqa: B008
         """Pixels (B, 1 + 4n, H, W, 3) in [-1, 1] to normalised latents, float32.
 

@@ -1,0 +1,233 @@
+"""What is read from a compiled TPU module: kinds of instructions, bytes of collectives."""
+
+from pathlib import Path
+
+import jax
+import pytest
+
+from walt_jax import config as config_lib
+from walt_jax.errors import UserError
+from walt_jax.models import DenoiserConfig
+from walt_jax.parallel import MeshConfig, make_mesh
+from walt_jax.rehearsal import attention_prices
+from walt_jax.rehearsal.attention_prices import AttentionKernel
+from walt_jax.rehearsal.chips import Topology
+from walt_jax.rehearsal.estimate import _moved
+from walt_jax.rehearsal.hlo import Instruction, Module
+from walt_jax.rehearsal.report import read
+from walt_jax.rehearsal.steps import batches, steps
+from walt_jax.training.experiment import Experiment
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+@pytest.mark.parametrize(
+    ("text", "operation", "moved"),
+    [
+        ("bf16[4,8]{1,0} all-gather(bf16[1,8] %x)", "all-gather", 64),
+        ("(f32[16], f32[8], f32[2]{0}) all-reduce(%a, %b, %c)", "all-reduce", 104),
+        ("(bf16[1,8]{1,0}, bf16[4,8]{1,0}) all-gather-start(%x)", "all-gather-start", 64),
+        (
+            "(f32[6], f32[6], u32[], u32[]) collective-permute-start(%x)",
+            "collective-permute-start",
+            24,
+        ),
+    ],
+)
+def test_bytes_of_collectives(text, operation, moved):
+    instruction = Instruction("x", text)
+    assert (instruction.operation, instruction.bytes) == (operation, moved)
+
+
+def test_kinds():
+    module = Module(
+        "%inside (x: f32[8]) -> f32[8] {\n"
+        "  ROOT %c = f32[8]{0} convolution(%x, %x), dim_labels=b0f_0io->b0f\n"
+        "}\n"
+        "ENTRY %main (x: f32[8]) -> f32[8] {\n"
+        "  %fusion.1 = f32[8]{0} fusion(%x), kind=kOutput, calls=%inside\n"
+        "  %copy.2 = f32[8]{0} copy(%fusion.1)\n"
+        '  %k.3 = f32[8]{0} custom-call(%copy.2), custom_call_target="tpu_custom_call"\n'
+        "  %done = f32[8]{0} all-gather-done(%k.3)\n"
+        "  ROOT %add.4 = f32[8]{0} add(%done, %x)\n"
+        "}\n"
+    )
+    kinds = [module.kind(i) for i in module.computations[module.entry]]
+    assert kinds == ["products", "copies", "kernels", "collectives", "the rest"]
+
+
+def test_loops_multiply_and_relayouts_are_found():
+    module = Module(
+        "%turned (x: f32[8,16]) -> f32[16,8] {\n"
+        "  ROOT %t = f32[16,8]{1,0} transpose(%x), dimensions={1,0}\n"
+        "}\n"
+        "%condition (s: (s32[])) -> pred[] {\n"
+        "  %n = s32[] constant(12)\n"
+        "  ROOT %less = pred[] compare(%i, %n), direction=LT\n"
+        "}\n"
+        "%body (s: (s32[])) -> (s32[]) {\n"
+        '  %fusion.1 = f32[16,8]{1,0} fusion(%x), calls=%turned, "estimated_cycles":"100"\n'
+        "}\n"
+        "ENTRY %main (x: f32[8,16]) -> f32[8,16] {\n"
+        "  %w = (s32[], f32[8,16]{1,0}) while(%x), condition=%condition, body=%body\n"
+        "}\n"
+    )
+    ((fusion, times),) = module.counts().items()
+    assert (times, fusion.cycles) == (12, 100)
+    assert _moved(module, fusion) == 16 * 8 * 4
+
+
+@pytest.mark.parametrize(
+    ("text", "group"),
+    [
+        ("f32[8] all-reduce(%x), replica_groups={{0,2},{1,3}}", [0, 2]),
+        ("f32[8] all-gather(%x), replica_groups=[2,4]<=[8]", [0, 1, 2, 3]),
+        ("f32[8] all-gather(%x), replica_groups=[4,2]<=[2,4]T(1,0)", [0, 4]),
+        ("f32[8] collective-permute(%x), source_target_pairs={{0,3},{3,0}}", [0, 3]),
+    ],
+)
+def test_groups_of_collectives(text, group):
+    assert Instruction("x", text).group() == group
+
+
+@pytest.mark.parametrize(
+    ("topology", "slices", "chips"),
+    [("v5e:1x1", 1, 1), ("v6e:16x16", 4, 1024), ("v5p:8x8x16", 1, 1024)],
+)
+def test_slices(topology, slices, chips):
+    found = Topology.parse(topology, slices)
+    assert found.chips == chips
+    assert topology in str(found)
+
+
+@pytest.mark.parametrize(
+    ("topology", "slices", "words"),
+    [
+        ("v5e:32x16", 1, "largest slice of v5e has 256"),
+        ("v5e:3x4", 1, "no slice that is rented out"),
+        ("v5p:4x4", 1, "has 3 axes"),
+        ("v5p:16x4x4", 1, "rising order"),
+        ("h100:8", 1, "v5e, v5p, v6e"),
+        ("v5e:4x4", 0, "at least 1"),
+    ],
+)
+def test_slices_that_nobody_rents(topology, slices, words):
+    with pytest.raises(UserError, match=words):
+        Topology.parse(topology, slices)
+
+
+STEP = (
+    "%inner (x: bf16[8,8]) -> bf16[8,8] {\n"
+    "  ROOT %d = bf16[8,8]{1,0} convolution(%x, %x), dim_labels=bf_io->bf, "
+    'metadata={op_name="jit(step)/jvp()/while/body/mlp/dot_general"}\n'
+    "}\n"
+    "ENTRY %main (x: bf16[8,8]) -> bf16[8,8] {\n"
+    "  %s = (bf16[8,8]{1,0}, bf16[32,8]{1,0}) all-gather-start(%x), "
+    "replica_groups=[2,4]<=[8], dimensions={0}\n"
+    '  %f.1 = bf16[8,8]{1,0} fusion(%x), kind=kOutput, calls=%inner, "estimated_cycles":"600"\n'
+    "  %g = bf16[32,8]{1,0} all-gather-done(%s)\n"
+    "  %r = f32[64]{0} all-reduce(%g), replica_groups=[4,2]<=[2,4]T(1,0)\n"
+    "  %window_attention_1x8x8_grid.3 = bf16[2,5,64,256]{3,2,1,0} custom-call(%g), "
+    'custom_call_target="tpu_custom_call"\n'
+    "}\n"
+)
+
+
+def _read(price):
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    return read(STEP, 131_072 * 500.0, Topology.parse("v5e:2x4"), mesh, price)
+
+
+def test_a_report_says_where_time_and_bytes_go():
+    found = _read(lambda kernels: {name: 400 for name in kernels})
+    assert found["est_cycles"] == 1000 and found["est_mfu"] == pytest.approx(0.5)
+    assert found["kinds"] == {"products": 600, "kernels": 400}
+    assert found["rooms"] == {"mlp": 600, "others": 400}
+    gather, reduce = sorted(found["collectives"], key=lambda c: c.operation)
+    assert (gather.operation, gather.axes, gather.bytes) == ("all-gather", "fsdp", 512)
+    assert (reduce.operation, reduce.axes, reduce.bytes) == ("all-reduce", "data", 256)
+    assert found["collective_bytes"] == 768
+    assert gather.seconds == pytest.approx(512 * 3 / 4 / 45e9)
+    assert gather.exposed == 0 and reduce.exposed == reduce.seconds  # 600 cycles hide the first
+    assert found["buffers"][0][0] == 2 * 5 * 64 * 256 * 2
+    assert not found["unpriced"]
+
+
+def test_a_report_names_kernels_without_a_price():
+    found = _read(lambda kernels: {})
+    assert found["unpriced"] == ("window_attention_1x8x8_grid.3",)
+    assert found["est_cycles"] == 600
+
+
+def test_an_attention_kernel_is_known_by_its_instruction():
+    instruction = Instruction(
+        "transpose_jvp_window_attention_5x8x8_grid_16_more_gradient.7.remat",
+        "(bf16[4,5,256,1024]{3,2,1,0}, bf16[4,5,256,1024]) custom-call(%x)",
+    )
+    kernel = AttentionKernel.of(instruction, (5, 16, 16))
+    assert kernel == AttentionKernel((5, 8, 8), True, 16, (4, 5, 16, 16, 1024), True)
+    assert kernel.windows == 16
+    assert (
+        AttentionKernel.of(Instruction("causal_conv.1", "f32[2] custom-call()"), (1, 1, 1)) is None
+    )
+
+
+def test_kernels_are_priced_on_few_videos(monkeypatch):
+    """50 cycles once a kernel, 100 for each video of one window's height."""
+    seen = []
+
+    def cycles(kernel, *options):
+        seen.append((kernel.shape, *options))
+        return {"forward": 50 + 100 * kernel.shape[0], "gradient": None}
+
+    monkeypatch.setattr(attention_prices, "_cycles", cycles)
+    model = DenoiserConfig(num_layers=2, qk_norm=True)
+    text = "bf16[16,5,16,16,1024]{4,3,2,1,0} custom-call(%x)"
+    names = "window_attention_5x8x8_grid.1", "window_attention_5x8x8_grid_gradient.2"
+    kernels = {name: Instruction(name, text) for name in names}
+    found = attention_prices.AttentionPrices(model, "v5e")(kernels)
+    assert found == {names[0]: 50 + 100 * 16 * 2}
+    assert seen[0] == ((1, 5, 8, 16, 1024), 64, model.relative_bias, True, False, "v5e")
+
+
+@pytest.mark.parametrize(
+    ("config", "names"),
+    [
+        ("walt_ucf101.py:debug", ["8 x latents 2x4x4"]),
+        ("walt_t2v.py:debug", ["8 x latents 2x4x4 and 8 x latents 1x4x4"]),
+        ("walt_sr1.py:debug", ["8 x 5x64x64"]),
+        ("tokenizer_t2v.py:debug", ["8 x 5x32x32 and 8 x 1x32x32"]),
+    ],
+)
+def test_batches_of_a_config(config, names):
+    found = list(batches(_experiment(config)))
+    assert [name for name, _ in found] == names
+    assert all(x.shape[0] == 8 for _, shapes in found for x in shapes.values())
+
+
+@pytest.mark.parametrize(
+    ("config", "job"),
+    [
+        ("walt_ucf101.py:debug", "train"),
+        ("walt_k600.py:debug", "sample"),
+        ("tokenizer_ucf101.py:debug", "encode"),
+    ],
+)
+def test_a_job_lowers_without_data_or_weights(config, job):
+    experiment, mesh = _experiment(config), make_mesh(MeshConfig(data=2, fsdp=4))
+    with jax.set_mesh(mesh):
+        (step,) = steps(experiment, mesh, job)
+        assert "sharding" in step.lower().as_text()
+    assert step.flops() > 0
+
+
+def test_jobs_that_a_config_has_not():
+    mesh = make_mesh(MeshConfig())
+    with pytest.raises(UserError, match="needs the config of a denoiser"):
+        steps(_experiment("tokenizer_ucf101.py:debug"), mesh, "sample")
+    with pytest.raises(UserError, match="needs the config of a tokenizer"):
+        steps(_experiment("walt_ucf101.py:debug"), mesh, "encode")
+
+
+def _experiment(config):
+    return config_lib.build(Experiment, config_lib.load(f"{CONFIGS / config}"))

@@ -1,0 +1,48 @@
+"""Which meshes, batch sizes and remat policies are worth compiling for a topology."""
+
+import copy
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from walt_jax.rehearsal.chips import Topology
+from walt_jax.rehearsal.report import Report
+
+_KEPT = ((), ("qkv", "attention"), ("qkv", "attention", "up"))
+_CLIPS = (4, 8, 16, 32)
+
+
+def candidates(values: dict[str, Any], topology: Topology, job: str) -> Iterator[dict[str, Any]]:
+    """Configs to compile: values with other meshes, clips a chip, and kept activations.
+
+    Meshes have the slices on `data`; within a slice `fsdp` takes what `tensor` and `context`, of 1
+    or 2 each, leave.
+    """
+    per_slice = topology.chips // topology.slices
+    policies = _KEPT if job == "train" and "kept" in values["task"]["model"] else ((),)
+    for tensor, context in itertools.product((1, 2), repeat=2):
+        if per_slice % (tensor * context):
+            continue
+        for clips, kept in itertools.product(_CLIPS, policies):
+            changed = copy.deepcopy(values)
+            fsdp = per_slice // (tensor * context)
+            changed["mesh"] = {"data": topology.slices, "fsdp": fsdp}
+            changed["mesh"] |= {"tensor": tensor, "context": context}
+            changed["batch_size"] = clips * topology.chips
+            if kept:
+                changed["task"]["model"]["kept"] = kept
+            yield changed
+
+
+def table(reports: Sequence[Report]) -> list[str]:
+    """What fits, best first, then what does not."""
+    ranked = sorted(reports, key=lambda r: (not r.fits, -r.est_mfu))
+    out = [f"{'mesh':<34}{'step':<44}{'fits':>5}{'GiB':>8}{'MFU':>8}{'s':>9}{'exposed s':>11}"]
+    for r in ranked:
+        mesh = " ".join(f"{axis}={n}" for axis, n in r.mesh.items() if n > 1) or "one chip"
+        fits = "yes" if r.fits else "no"
+        out.append(
+            f"{mesh:<34}{r.step:<44}{fits:>5}{r.hbm_bytes / 2**30:>8.1f}{r.est_mfu:>8.1%}"
+            f"{r.est_step_seconds:>9.3f}{r.exposed_seconds:>11.4f}"
+        )
+    return out
