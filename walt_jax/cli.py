@@ -4,12 +4,15 @@ import argparse
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 
 import jax
 
 from walt_jax.errors import EXIT_PREEMPTED, EXIT_USER, Preempted, UserError
+
+_LAST_WORDS = 2.0  # seconds in which others say the same: they end when process 0 does
 
 
 def run(main: Callable[[], None]) -> None:
@@ -39,10 +42,11 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _leave(status: int) -> None:
-    """Exits; one of several processes at once, for the others wait for it and it for them."""
+    """Exits; one of several processes without the end that waits for the others."""
     if jax.distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
+        time.sleep(_LAST_WORDS)
         os._exit(status)
     sys.exit(status)
 

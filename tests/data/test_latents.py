@@ -97,6 +97,22 @@ def clips(data, number, batch_size=5):
     return np.concatenate(video)[:number], dataset.index["source"][:number]
 
 
+def test_a_broken_video_has_no_stand_in(encode, data, tmp_path):
+    """Training replaces it; latents under its name would be another video's."""
+    folder = shutil.copytree(data.path, tmp_path / "videos")
+    shard = sorted(folder.glob("*.array_record-*"))[-1]
+    with open(shard, "r+b") as file:
+        file.seek(shard.stat().st_size // 2)
+        file.write(bytes(64))
+    broken = dataclasses.replace(data, path=str(folder), max_broken=1.0)
+    pipeline = Pipeline(open_dataset(folder), broken, batch_size=5, seed=0, split="all")
+    list(zip(pipeline.batches(), range(6)))
+    assert pipeline.broken
+    with pytest.raises(UserError, match=r"1 of the 24 records .*max_broken=0 allows"):
+        encode(tmp_path / "latents", data=broken)
+    assert not (tmp_path / "latents").exists()
+
+
 def test_records_hold_what_the_tokenizer_says(straight, tokenizer, data):
     video, sources = clips(data, 10)
     expected = np.asarray(jax.jit(lambda x: tokenizer.encode(to_unit(x)))(video))

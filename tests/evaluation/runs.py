@@ -30,7 +30,7 @@ def save_run(workdir, experiment, steps):
             rng = np.random.default_rng(step)
             params = jax.tree.map(lambda x, rng=rng: drawn(x, rng), shapes)
             state = TrainState(np.asarray(step, np.int32), params, params, {}, extra)
-            checkpoints.save(state, Progress(next_batch=step))
+            checkpoints.save(state, Progress(step=step, next_batch=step))
 
 
 def drawn(shape, rng):

@@ -42,7 +42,8 @@ class DataConfig:
 
     Attributes:
       path: folder written by `walt_jax.prepare`, or by `walt_jax.encode` (cached latents, for
-        which `num_frames`, `fps` and `sizes` were settled when they were encoded).
+        which `num_frames`, `fps` and `sizes` were settled when they were encoded); the URL of a
+        copy of one in a store; or a mixture's JSON file (see `mixture.py`).
       num_frames: frames of a clip.
       fps: frames a second that a clip is sampled at, nearest in time; 0 takes every frame.
       sizes: (height, width) of the buckets; a video goes to the one of nearest aspect.

@@ -5,7 +5,6 @@ import logging
 import os
 import signal
 import threading
-import urllib.error
 import urllib.request
 from types import FrameType
 from typing import Any
@@ -88,7 +87,7 @@ def _watch(host: str, ended: threading.Event, period: float) -> None:
     while not ended.wait(period):
         try:
             told = notice(host)
-        except (OSError, ValueError, urllib.error.URLError):
+        except (OSError, ValueError):
             continue
         if told:
             logger.warning("the machine is to be taken away (%s): saving and leaving", told)
