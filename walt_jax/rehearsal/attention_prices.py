@@ -91,10 +91,12 @@ class AttentionPrices:
             options = bias, self._model.qk_norm, self._model.causal
             cycles = _cycles(small, self._head_width, *options, self._chip)
             few.append(cycles["gradient" if kernel.gradient else "forward"])
-        if None in few:
-            return None
         videos = kernel.windows / (small.windows / 2)
-        return round(few[0] + (few[1] - few[0]) * (videos - 1))
+        if few[0] is None:
+            return None
+        # A step that reads windows of two videos has no price: then all is as often as in one.
+        each = few[0] if few[1] is None else few[1] - few[0]
+        return round(few[0] + each * (videos - 1))
 
 
 @functools.cache
