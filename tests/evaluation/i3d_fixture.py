@@ -49,3 +49,11 @@ def expected():
 def windows():
     """uint8 (64, 16, 64, 64, 3), real videos."""
     return np.load(folder() / "windows64.npz")["x"]
+
+
+@pytest.fixture(scope="session")
+def i3d_file(tmp_path_factory):
+    """An .npz of the 230 tensors by their official names."""
+    path = tmp_path_factory.mktemp("i3d") / "fixture.npz"
+    np.savez(path, **tensors())
+    return path
