@@ -52,7 +52,7 @@ def _session(pid):
 class Job:
     """One call of `local_pod`; its lines are read as they come."""
 
-    def __init__(self, processes, workdir, records, cache):
+    def __init__(self, processes, workdir, records, cache, hang_seconds):
         self.processes = processes
         command = [sys.executable, "-m", "launch.local_pod", f"--processes={processes}"]
         command += ["--restarts=100000", f"--compilation_cache={cache}", f"--preload={PRELOADED}"]
@@ -60,7 +60,7 @@ class Job:
         command += [f"--workdir={workdir}", f"--config.data.path={records}"]
         command += ["--config.batch_size=4", "--config.num_steps=1000000"]
         command += ["--config.optimizer.schedule=constant", "--config.checkpoint_every=4"]
-        command += ["--config.keep_checkpoints=3", "--config.guard.hang_seconds=20"]
+        command += ["--config.keep_checkpoints=3", f"--config.guard.hang_seconds={hang_seconds}"]
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
@@ -154,8 +154,9 @@ class Campaign:
         straight = self.straight(max(step for step, *_ in rows))
         return rows, straight
 
-    def job(self, workdir=None):
-        job = Job(self.processes, workdir or self.workdir, self.records, self.cache)
+    def job(self, workdir=None, hang_seconds=20):
+        workdir = workdir or self.workdir
+        job = Job(self.processes, workdir, self.records, self.cache, hang_seconds)
         self.jobs.append(job)
         return job
 
@@ -168,7 +169,8 @@ class Campaign:
 
     def straight(self, steps):
         """An undisturbed run of at least so many steps."""
-        job, mark = self.job(self.folder / "straight"), 0
+        # Undisturbed, even where other work slows the machine down.
+        job, mark = self.job(self.folder / "straight", hang_seconds=0), 0
         while True:
             mark = job.wait("[0] step ", since=mark) + 1
             assert job.lines[mark - 1], job.tail()

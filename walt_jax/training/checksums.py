@@ -33,7 +33,7 @@ def checksums(tree: PyTree) -> dict[str, int]:
 
 def _checksum(x: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
     if not isinstance(x, jax.Array) or _on_this_cpu(x):
-        return _sum(np.asarray(x), np)
+        return _sum(np.asarray(jax.device_get(x)), np)
     return _on_devices(getattr(x.sharding, "mesh", None))(x)
 
 
