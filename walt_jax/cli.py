@@ -37,6 +37,8 @@ def run(main: Callable[[], None]) -> None:
         print("interrupted", file=sys.stderr)
         _leave(130)
     except Exception:
+        if not jax.distributed.is_initialized():
+            raise
         traceback.print_exc()
         _leave(1)
 

@@ -78,6 +78,7 @@ def test_refuses_short_clips_and_unknown_resizes(net, i3d_file):
         features.load("i3d", str(i3d_file), resize="nearest")
 
 
+@pytest.mark.slow
 def test_logits_are_a_product_of_the_pooled_features():
     """At 32 pixels, whose last map is one pixel."""
     params = jax.tree.map(jnp.asarray, i3d.assemble(short_names()))

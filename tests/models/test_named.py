@@ -6,6 +6,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from walt_jax import config as config_lib
 from walt_jax.models import Conditions, Denoiser, DenoiserConfig, Network
@@ -75,31 +76,35 @@ def shape(*lengths, dtype=jnp.float32):
     return jax.ShapeDtypeStruct(lengths, dtype)
 
 
-def test_every_denoiser_takes_its_conditions_for_videos_and_for_images():
-    for name, config in DENOISERS.items():
-        network = Network.of(lambda rngs, c=config: Denoiser(c, rngs=rngs))
-        params = network.shapes()
-        for frames in {config.grid[0], 1}:
-            z = shape(2, frames, *config.grid[1:], config.latent_channels)
-            told = {}
-            if config.num_classes:
-                told["label"] = shape(2, dtype=jnp.int32)
-            if config.text_features:
-                text = shape(2, 20, config.text_features), shape(2, 20, dtype=jnp.bool_)
-                told |= {"text": text[0], "text_mask": text[1]}
-            if config.given != "none":
-                told |= {"given": z, "given_mask": shape(*z.shape[:-1])}
-            if config.self_conditioning:
-                told["estimate"] = z
-            if config.upsampling:
-                told |= {"low": z, "low_time": shape(2)}
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] * (i % 5 > 0)) for i, n in enumerate(DENOISERS)],
+)
+def test_a_named_denoiser_takes_its_conditions_for_videos_and_for_images(name):
+    config = DENOISERS[name]
+    network = Network.of(lambda rngs: Denoiser(config, rngs=rngs))
+    params = network.shapes()
+    for frames in {config.grid[0], 1}:
+        z = shape(2, frames, *config.grid[1:], config.latent_channels)
+        told = {}
+        if config.num_classes:
+            told["label"] = shape(2, dtype=jnp.int32)
+        if config.text_features:
+            text = shape(2, 20, config.text_features), shape(2, 20, dtype=jnp.bool_)
+            told |= {"text": text[0], "text_mask": text[1]}
+        if config.given != "none":
+            told |= {"given": z, "given_mask": shape(*z.shape[:-1])}
+        if config.self_conditioning:
+            told["estimate"] = z
+        if config.upsampling:
+            told |= {"low": z, "low_time": shape(2)}
 
-            def run(params, z, t, conditions, network=network):
-                return network.bind(params)(z, t, conditions)
+        def run(params, z, t, conditions):
+            return network.bind(params)(z, t, conditions)
 
-            out = jax.eval_shape(run, params, z, shape(2), Conditions(**told))
-            channels = config.latent_channels * (2 if config.learned_sigma else 1)
-            assert out.shape == (*z.shape[:-1], channels), name
+        out = jax.eval_shape(run, params, z, shape(2), Conditions(**told))
+        channels = config.latent_channels * (2 if config.learned_sigma else 1)
+        assert out.shape == (*z.shape[:-1], channels)
 
 
 def test_the_aspect_ratio_of_table_6():

@@ -44,6 +44,8 @@ def _equation(eqn: core.JaxprEqn) -> float:
         return 2.0 * math.prod(out) * math.prod(left[i] for i in contracted)
     if name == "conv_general_dilated":
         return _convolution(eqn)
+    if str(params.get("name", "")).startswith("uncounted_"):  # sums that are written as products
+        return 0.0
     if name == "cond":
         branches = [branch.jaxpr for branch in params["branches"]]
         if params.get("branches_platforms"):  # the last is the plain one, others may do more

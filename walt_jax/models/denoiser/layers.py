@@ -105,12 +105,17 @@ def _repeat(vectors: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jnp.broadcast_to(vectors.reshape(*vectors.shape[:-1], *places, shape[-1]), shape)
 
 
+@jax.jit
+def uncounted_sum(dy: jax.Array) -> jax.Array:
+    """(..., N, D) over N: (..., D) in float32. Model FLOPs leave these products out."""
+    ones = jnp.ones((*dy.shape[:-2], _SUBLANES, dy.shape[-2]), dy.dtype)
+    precision = jax.lax.Precision.HIGHEST if dy.dtype == jnp.float32 else None
+    return jnp.matmul(ones, dy, precision=precision, preferred_element_type=jnp.float32)[..., 0, :]
+
+
 def _sum(shape: tuple[int, ...], batch: int, dy: jax.Array) -> tuple[jax.Array]:
     dy = dy.reshape(*dy.shape[:batch], -1, dy.shape[-1])
-    ones = jnp.ones((*dy.shape[:batch], _SUBLANES, dy.shape[-2]), dy.dtype)
-    precision = jax.lax.Precision.HIGHEST if dy.dtype == jnp.float32 else None
-    total = jnp.matmul(ones, dy, precision=precision, preferred_element_type=jnp.float32)
-    return (total[..., 0, :].astype(dy.dtype),)
+    return (uncounted_sum(dy).astype(dy.dtype),)
 
 
 _repeat.defvjp(lambda vectors, shape: (_repeat(vectors, shape), vectors.ndim - 1), _sum)
