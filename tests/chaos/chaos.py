@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from walt_jax.data.latents import LATENT_FEATURES
-from walt_jax.data.records import DatasetWriter
+from walt_jax.data.writer import DatasetWriter
 
 CONFIG = Path(__file__).parents[1] / "training" / "tiny_task.py"
 PRELOADED = "walt_jax.training.loop,walt_jax.training.writers"

@@ -18,7 +18,8 @@ from walt_jax.data.directories import lock_directory
 from walt_jax.data.latents import LATENT_FEATURES, encode_dataset
 from walt_jax.data.packing import PackingConfig, cut
 from walt_jax.data.pipeline import DataConfig, Pipeline
-from walt_jax.data.records import open_dataset, write_dataset
+from walt_jax.data.records import open_dataset
+from walt_jax.data.writer import write_dataset
 from walt_jax.errors import UserError
 from walt_jax.models import TokenizerConfig
 from walt_jax.models.tokenizer.frozen import FrozenTokenizer, network

@@ -10,8 +10,9 @@ import pytest
 from walt_jax.data.buckets import fit_frames
 from walt_jax.data.latents import LATENT_FEATURES
 from walt_jax.data.pipeline import DataConfig, Pipeline
-from walt_jax.data.records import VIDEO_FEATURES, decode_frames, open_dataset, write_dataset
+from walt_jax.data.records import VIDEO_FEATURES, decode_frames, open_dataset
 from walt_jax.data.video import encode_frame
+from walt_jax.data.writer import write_dataset
 from walt_jax.errors import UserError
 from walt_jax.parallel import MeshConfig, make_mesh
 from walt_jax.parallel.sharding import batch_sharding

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from walt_jax.data import records, video
+from walt_jax.data import records, video, writer
 from walt_jax.errors import UserError
 
 LATENT_FEATURES = tfds.features.FeaturesDict(
@@ -62,7 +62,7 @@ def latent_example(i):
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     directory = tmp_path_factory.mktemp("records") / "dataset"
-    return records.write_dataset(
+    return writer.write_dataset(
         directory,
         records.VIDEO_FEATURES,
         (video_example(i, frames=5 + i)[0] for i in range(7)),
@@ -135,7 +135,7 @@ assert "tensorflow" not in sys.modules
 
 def test_latents_of_any_shape(tmp_path):
     examples = [latent_example(i) for i in range(4)]
-    dataset = records.write_dataset(tmp_path / "latents", LATENT_FEATURES, examples)
+    dataset = writer.write_dataset(tmp_path / "latents", LATENT_FEATURES, examples)
     for i, example in enumerate(examples):
         record = dataset.read(i)
         assert record["latents"].dtype == np.float16 and record["mean"].dtype == np.float32
@@ -165,7 +165,7 @@ def test_pickles_small_and_reads_from_threads(dataset):
 def test_fingerprint_is_of_the_contents(dataset, tmp_path):
     def write(name, count, size):
         examples = (video_example(i, frames=5 + i)[0] for i in range(count))
-        return records.write_dataset(
+        return writer.write_dataset(
             tmp_path / name, records.VIDEO_FEATURES, examples, shard_size=size
         )
 
@@ -179,7 +179,7 @@ def test_refuses_what_is_there(dataset, tmp_path):
     examples = [video_example(0)[0]]
 
     def write(**kwargs):
-        return records.write_dataset(directory, records.VIDEO_FEATURES, examples, **kwargs)
+        return writer.write_dataset(directory, records.VIDEO_FEATURES, examples, **kwargs)
 
     with pytest.raises(UserError, match="holds a dataset"):
         write()
@@ -199,23 +199,23 @@ def test_interruption_leaves_nothing(tmp_path):
         yield video_example(0)[0]
         assert not (tmp_path / "dataset.partial" / "junk").exists()
         with pytest.raises(UserError, match="being written"):
-            records.DatasetWriter(directory, records.VIDEO_FEATURES)
+            writer.DatasetWriter(directory, records.VIDEO_FEATURES)
         with pytest.raises(UserError, match="not a complete dataset"):
             records.open_dataset(directory)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        records.write_dataset(directory, records.VIDEO_FEATURES, failing())
+        writer.write_dataset(directory, records.VIDEO_FEATURES, failing())
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(UserError, match="no record"):
-        records.write_dataset(directory, records.VIDEO_FEATURES, [])
+        writer.write_dataset(directory, records.VIDEO_FEATURES, [])
     assert list(tmp_path.iterdir()) == []
 
 
 def test_empty_shards_are_dropped(tmp_path):
-    with records.DatasetWriter(tmp_path / "d", records.VIDEO_FEATURES) as writer:
+    with writer.DatasetWriter(tmp_path / "d", records.VIDEO_FEATURES) as out:
         for shard in (5, 2):
-            writer.write(video_example(shard)[0], shard=shard)
+            out.write(video_example(shard)[0], shard=shard)
     dataset = records.open_dataset(tmp_path / "d")
     assert [dataset.read(i)["label"] for i in range(2)] == [1, 4]
     assert [s["file"][-14:] for s in dataset.metadata["shards"]] == [

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from walt_jax.data.pipeline import DataConfig, Pipeline
-from walt_jax.data.records import VIDEO_FEATURES, Dataset, open_dataset, write_dataset
+from walt_jax.data.records import VIDEO_FEATURES, Dataset, open_dataset
 from walt_jax.data.video import encode_frame
+from walt_jax.data.writer import write_dataset
 from walt_jax.errors import UserError
 
 BAD = (2, 7)

@@ -21,7 +21,8 @@ import tensorflow_datasets as tfds
 
 from walt_jax.config import differences
 from walt_jax.data.directories import check_free, empty_directory, lock_directory
-from walt_jax.data.records import Dataset, DatasetWriter, open_dataset
+from walt_jax.data.records import Dataset, open_dataset
+from walt_jax.data.writer import DatasetWriter
 from walt_jax.errors import UserError
 
 logger = logging.getLogger(__name__)

@@ -26,9 +26,10 @@ from walt_jax.data.curation.report import write_report
 from walt_jax.data.curation.work import LAST, Work, features, write_sources
 from walt_jax.data.directories import check_free
 from walt_jax.data.parts import Parts, PartStore, begun_with
-from walt_jax.data.records import VIDEO_FEATURES, Dataset, DatasetWriter, open_dataset
+from walt_jax.data.records import VIDEO_FEATURES, Dataset, open_dataset
 from walt_jax.data.source_kinds import to_json
 from walt_jax.data.sources import Found, find_input
+from walt_jax.data.writer import DatasetWriter
 from walt_jax.errors import UserError
 from walt_jax.progress import bar as progress_bar
 

@@ -23,6 +23,13 @@ DISCRIMINATORS = {
     "discriminator-imagenet": DiscriminatorConfig(clip=(1, 256, 256)),
 }
 
+
+def tokenizer_like(latent_channels: int, *, images: bool) -> TokenizerConfig:
+    """W.A.L.T's tokenizer, of videos or of images, with other channels."""
+    published = TOKENIZERS["tokenizer-walt-2d" if images else "tokenizer-walt"]
+    return replace(published, latent_channels=latent_channels)
+
+
 # W.A.L.T's table 8. Its sizes are published to the nearest million; of the readings that fit them
 # all, the plainest: one table entry a class of UCF-101 and a zero vector for none, Swin's bias a
 # layer and head, one Dense for A_1. In ImageNet's the spatial layers see the whole 32 x 32 frame.

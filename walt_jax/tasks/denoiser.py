@@ -10,7 +10,7 @@ from walt_jax.data.records import Dataset
 from walt_jax.diffusion import Constant, Ddim, Diffusion, Sampler, Scale, guide, standard_normal
 from walt_jax.errors import UserError
 from walt_jax.models import Conditions, Denoiser, DenoiserConfig, Network
-from walt_jax.models.named import TOKENIZERS
+from walt_jax.models.named import tokenizer_like
 from walt_jax.models.text import ByteEncoder, ByteEncoderConfig
 from walt_jax.models.tokenizer.frozen import FrozenTokenizer
 from walt_jax.parallel import Layout
@@ -29,7 +29,7 @@ from walt_jax.tasks.base import (
 )
 from walt_jax.tasks.given import GivenConfig, draw_masks
 from walt_jax.tasks.wanted import Wanted
-from walt_jax.training.denoisers import TEXT, start_from
+from walt_jax.training.denoisers import TEXT, start_from, without_text
 from walt_jax.training.tokenizers import find_tokenizer, keep_tokenizer
 
 NONE = Constant(1.0)
@@ -136,11 +136,8 @@ class DenoiserTask(Task, name="denoiser"):
 
     def stand_in(self) -> FrozenTokenizer:
         """Of W.A.L.T's tokenizer: which one a run has is known where its folder is."""
-        images = "-2d" if self.model.grid[0] == 1 else ""
-        published = TOKENIZERS[f"tokenizer-walt{images}"]
-        return FrozenTokenizer.abstract(
-            dataclasses.replace(published, latent_channels=self.model.latent_channels)
-        )
+        channels, images = self.model.latent_channels, self.model.grid[0] == 1
+        return FrozenTokenizer.abstract(tokenizer_like(channels, images=images))
 
     def keep(self, frozen: FrozenTokenizer, workdir: str) -> None:
         keep_tokenizer(frozen, workdir)
@@ -357,7 +354,7 @@ class DenoiserTask(Task, name="denoiser"):
             process = self.diffusion.process
             low_time = low_noise * (process.num_timesteps - 1)
             low_time = low_time.astype(jnp.int32) if process.discrete else low_time
-            low = self.network.bind(_denoiser(params)).upsample(wanted.low)
+            low = self.network.bind(without_text(params)).upsample(wanted.low)
             eps = standard_normal(fold(keys, _APART), low.shape[1:])
             low = self.diffusion.add_noise(low, eps, low_time)
         return Conditions(
@@ -373,7 +370,7 @@ class DenoiserTask(Task, name="denoiser"):
     def _predict(
         self, params: PyTree, x: jax.Array, t: jax.Array, conditions: Conditions, layout: Layout
     ) -> jax.Array:
-        return self.network.bind(_denoiser(params))(x, t, conditions, layout)
+        return self.network.bind(without_text(params))(x, t, conditions, layout)
 
     def _errors(
         self,
@@ -401,7 +398,3 @@ class DenoiserTask(Task, name="denoiser"):
         out = self._predict(params, x_t, t, conditions, layout)
         counts = None if wanted.given_mask is None else ~wanted.given_mask[..., None]
         return self.diffusion.losses(out, x0, eps, t, counts)
-
-
-def _denoiser(params: PyTree) -> PyTree:
-    return {name: value for name, value in params.items() if name != TEXT}

@@ -47,3 +47,8 @@ def start_from(
     with jax.set_mesh(make_mesh(MeshConfig(), jax.local_devices(backend="cpu")[:1])):
         fresh = jax.device_get(network.init(jax.random.key(0)))
     return transfer(params, old, config, fresh) | ({TEXT: encoder} if trained and text else {})
+
+
+def without_text(params: Params) -> Params:
+    """The denoiser's weights alone."""
+    return {name: value for name, value in params.items() if name != TEXT}
