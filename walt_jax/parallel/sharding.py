@@ -63,6 +63,15 @@ def state_shardings(state: PyTree, mesh: Mesh) -> PyTree:
     return jax.tree_util.tree_map_with_path(one, state)
 
 
+def on_host(shardings: PyTree, shapes: PyTree) -> PyTree:
+    """The same in the memory of the devices' hosts; scalars stay on the devices."""
+    return jax.tree.map(
+        lambda sharding, x: sharding.with_memory_kind("pinned_host") if x.ndim else sharding,
+        shardings,
+        shapes,
+    )
+
+
 def describe(shardings: PyTree, shapes: PyTree) -> list[str]:
     """One line a parameter: path, shape, spec; for the log."""
     rows = jax.tree_util.tree_leaves_with_path(shardings)

@@ -97,6 +97,8 @@ class DenoiserConfig:
       remat: recompute each group of layers in the backward pass.
       kept: what of self-attention and the MLP is kept all the same: "qkv" (3 times a layer's
         input in size), "attention" (once) and "up" (mlp_ratio times).
+      offloaded: likewise, but in the memory of the chips' hosts; also "input", the input of each
+        group of layers, which is all that `remat` keeps on the chips.
       dtype: what matrices compute in; parameters, softmax and statistics are float32.
     """
 
@@ -138,6 +140,7 @@ class DenoiserConfig:
     attention: Literal[IMPLEMENTATIONS] | None = None
     remat: bool = True
     kept: tuple[Literal["qkv", "attention", "up", "down"], ...] = ()
+    offloaded: tuple[Literal["input", "qkv", "attention", "up", "down"], ...] = ()
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
 
     def __post_init__(self) -> None:
@@ -156,7 +159,13 @@ class DenoiserConfig:
             return [(True, f"{name} must be {'positive' if small else '0 or more'}, got {value}")]
         turns = max(1, len(self.windows)) if self.order in ("alternate", "stages") else 1
         extra = self.conditioning == "in_context" or self.given == "tokens"
+        twice = set(self.kept) & set(self.offloaded)
         return [
+            (bool(twice), f"kept and offloaded both have {', '.join(sorted(twice))}: choose one"),
+            (
+                bool(self.offloaded) and not self.remat,
+                f"offloaded={self.offloaded} is of what remat would recompute: set remat to True",
+            ),
             (not self.windows, "windows is empty: give one window at least"),
             (
                 any(g % p for g, p in zip(self.grid, self.patch_size)),
