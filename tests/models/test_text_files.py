@@ -18,6 +18,7 @@ from walt_jax.models.text import (
     ClipTextConfig,
     FrozenText,
     T5TextConfig,
+    described,
     hub,
     published,
 )
@@ -52,7 +53,10 @@ def test_sizes_are_those_of_the_published_files(text, size):
 def test_a_model_is_read_as_its_folder_describes_it(tmp_path):
     for text in (t5(tmp_path / "a"), clip(tmp_path / "b", clip_skip=1)):
         written = write(text)
-        assert type(text).sizes_of(about(text)) == dataclasses.replace(text.model, dtype="bfloat16")
+        known = dataclasses.replace(text.model, dtype="bfloat16")
+        assert described(text.path, max_tokens=6) == type(text)(
+            text.path, max_tokens=6, model=known
+        )
         frozen = FrozenText.open(text)
         name = [n for n in written if n.endswith(("SelfAttention.k.weight", "k_proj.weight"))][1]
         kernel = frozen.params["layers"]["k"]["kernel"]
@@ -191,17 +195,17 @@ def test_embeddings_are_those_of_any_company(tmp_path):
     text, mesh = t5(tmp_path), make_mesh(MeshConfig(), jax.devices()[:1])
     write(text)
     frozen = FrozenText.load(text, mesh)
-    out = frozen.embed(["a red square", "", "left"], mesh)
-    alone = frozen.embed(["left"], mesh)
+    out = frozen.embed(text.tokenize(["a red square", "", "left"]), mesh)
+    alone = frozen.embed(text.tokenize(["left"]), mesh)
     assert out.tokens.dtype == np.float16 and out.tokens.shape == (3, 6, 16)
     assert out.mask.sum(1).tolist() == [4, 0, 2] and not out.tokens[~out.mask].any()
     np.testing.assert_array_equal(out.tokens[2], alone.tokens[0])
-    assert frozen.embed([], mesh).tokens.shape == (0, 6, 16)
+    assert frozen.embed(text.tokenize([]), mesh).tokens.shape == (0, 6, 16)
     broken = dataclasses.replace(
         frozen, params=frozen.params | {"embedding": frozen.params["embedding"] * np.nan}
     )
     with pytest.raises(UserError, match="gave numbers beyond float16"):
-        broken.embed(["left"], mesh)
+        broken.embed(text.tokenize(["left"]), mesh)
 
 
 def test_what_is_wrong_with_a_folder_is_one_sentence(tmp_path):
@@ -266,13 +270,14 @@ def test_what_cannot_be_is_refused(make, message):
 
 
 def test_a_hub_id_is_pinned_and_found_in_the_cache(tmp_path, monkeypatch):
-    package = pytest.importorskip("huggingface_hub", reason="pip install '.[text]'")
+    reason = "pip install '.[text]'"
+    constants = pytest.importorskip("huggingface_hub.constants", reason=reason)
     commit = "0123456789" * 4
     with pytest.raises(UserError, match=r"has no commit: set config\.task\.text\.revision"):
         hub.folder_of("google/t5-v1_1-xl")
-    monkeypatch.setattr(package.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(package.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match="neither on this machine nor can it be downloaded"):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match="neither on this machine nor to be had from the hub"):
         hub.folder_of("some/encoder", commit)
     snapshot = tmp_path / "models--some--encoder" / "snapshots" / commit
     text = t5(snapshot / "text_encoder")

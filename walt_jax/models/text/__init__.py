@@ -3,7 +3,7 @@
 One is chosen by `config.task.text.name`; docs/text.md says how each is had.
 """
 
-from walt_jax.models.text.base import Embeddings, FrozenTextConfig, TextConfig
+from walt_jax.models.text.base import Embeddings, FrozenTextConfig, TextConfig, described
 from walt_jax.models.text.bytes import ByteEncoder, ByteEncoderConfig, to_bytes
 from walt_jax.models.text.clip import CLIP_SIZES, ClipConfig, ClipEncoder, ClipTextConfig
 from walt_jax.models.text.frozen import FrozenText
@@ -24,5 +24,6 @@ __all__ = [
     "T5Encoder",
     "T5TextConfig",
     "TextConfig",
+    "described",
     "to_bytes",
 ]

@@ -14,6 +14,7 @@ from walt_jax.errors import UserError
 from walt_jax.models.build import Network
 from walt_jax.models.text import tokenization
 from walt_jax.models.text.hub import folder_of
+from walt_jax.models.text.published import read_config
 
 PADDING = -1  # the id of no token
 
@@ -41,6 +42,10 @@ class TextConfig(abc.ABC):
         super().__init_subclass__(**kwargs)
         if name:
             TextConfig.registry[name] = cls
+
+    @abc.abstractmethod
+    def reads_as(self, other: "TextConfig") -> bool:
+        """Whether what reads the other encoder can read this one, but for rounding."""
 
     @abc.abstractmethod
     def tokenize(self, texts: Sequence[str], *, cut: bool = False) -> np.ndarray:
@@ -73,6 +78,7 @@ class FrozenTextConfig(TextConfig):
     tokenizer: str = ""
     max_tokens: int = 128
 
+    model_types: ClassVar[tuple[str, ...]] = ()  # of config.json
     model: ClassVar[Any]  # sizes, a field of the kinds below
     max_places: ClassVar[int] = 2**20  # tokens that the network can read
 
@@ -105,6 +111,15 @@ class FrozenTextConfig(TextConfig):
     def tensors(self) -> Mapping[str, Sequence[str]]:
         """Path of a parameter -> what the file may call it, `{}` standing for the layer."""
 
+    def reads_as(self, other: TextConfig) -> bool:
+        """Of the same kind and sizes; see `TextConfig.reads_as`."""
+        if type(self) is not type(other):
+            return False
+        elsewhere = {name: getattr(self, name) for name in ("path", "revision", "tokenizer")}
+        model = dataclasses.replace(other.model, dtype=self.model.dtype)
+        own = {"max_tokens": self.max_tokens, "model": model}
+        return dataclasses.replace(other, **elsewhere, **own) == self
+
     @property
     def network(self) -> Network:
         """Structure of the encoder."""
@@ -127,6 +142,27 @@ class FrozenTextConfig(TextConfig):
             if text:
                 row[: len(tokens)] = tokens
         return ids
+
+
+def described(
+    path: str, *, revision: str = "", tokenizer: str = "", max_tokens: int | None = None
+) -> FrozenTextConfig:
+    """The encoder that a folder's config.json describes; arguments as in `FrozenTextConfig`.
+
+    Raises:
+      UserError: there is none, or one of another kind.
+    """
+    values = read_config(folder_of(path, revision))
+    kind = values.get("model_type")
+    for cls in TextConfig.registry.values():
+        if issubclass(cls, FrozenTextConfig) and kind in cls.model_types:
+            given = {} if max_tokens is None else {"max_tokens": max_tokens}
+            model = cls.sizes_of(values)
+            return cls(path, revision, tokenizer, model=model, **given)
+    known = [kind for cls in FrozenTextConfig.__subclasses__() for kind in cls.model_types]
+    raise UserError(
+        f"{path} holds a model of type {kind!r}: give a text encoder, one of {', '.join(known)}."
+    )
 
 
 @functools.lru_cache(maxsize=4)

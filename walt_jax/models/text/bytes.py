@@ -44,12 +44,18 @@ class ByteEncoderConfig(TextConfig, name="bytes"):
                 f"{self.num_heads}."
             )
 
+    def reads_as(self, other: TextConfig) -> bool:
+        """Of the same sizes; see `TextConfig.reads_as`."""
+        same = isinstance(other, ByteEncoderConfig)
+        return same and dataclasses.replace(other, dtype=self.dtype) == self
+
     def tokenize(self, texts: Sequence[str], *, cut: bool = False) -> np.ndarray:
         """UTF-8, uint8 (N, max_bytes), 0 where there is none; see `TextConfig.tokenize`."""
         for text in () if cut else texts:
             if (length := len(text.encode())) > self.max_bytes:
                 raise too_long(text, length, "bytes", self.max_bytes)
-        return np.stack([to_bytes(text, self.max_bytes) for text in texts])
+        coded = [to_bytes(text, self.max_bytes) for text in texts]
+        return np.asarray(coded, np.uint8).reshape(-1, self.max_bytes)
 
 
 def to_bytes(text: str, length: int) -> np.ndarray:

@@ -78,6 +78,7 @@ class ClipTextConfig(FrozenTextConfig, name="clip"):
     """
 
     max_places: ClassVar[int] = _PLACES
+    model_types: ClassVar[tuple[str, ...]] = ("clip_text_model", "clip")
 
     max_tokens: int = _PLACES
     model: ClipConfig = CLIP_SIZES["clip-l-14"]
@@ -102,7 +103,7 @@ class ClipTextConfig(FrozenTextConfig, name="clip"):
         kind = values.get("model_type")
         values = values.get("text_config") or values  # of both towers
         activation = values.get("hidden_act", "quick_gelu")
-        if kind not in ("clip", "clip_text_model") or activation not in _ACTIVATIONS:
+        if kind not in cls.model_types or activation not in _ACTIVATIONS:
             raise UserError(
                 f"config.json describes a model of type {kind!r} with hidden_act={activation!r}, "
                 "but config.task.text.name='clip' takes clip and clip_text_model with 'quick_gelu' "

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -95,19 +94,18 @@ class FrozenText:
         out = Embeddings(*(x.reshape(*tokens.shape, *x.shape[2:]) for x in out))
         return jax.lax.stop_gradient(out)
 
-    def embed(self, texts: Sequence[str], mesh: Mesh) -> Embeddings:
-        """Texts to embeddings on the host, as records hold them: float16, 0 in padding.
+    def embed(self, ids: np.ndarray, mesh: Mesh) -> Embeddings:
+        """Token ids to embeddings on the host, as records hold them: float16, 0 in padding.
 
         One by one, so that a text's are the same bits in any company.
 
         Args:
-          texts: N of them; "" says nothing.
+          ids: int32 (N, M) of `config.tokenize`.
           mesh: where the weights lie.
 
         Raises:
-          UserError: a text is too long, or the encoder's numbers do not fit float16.
+          UserError: the encoder's numbers do not fit float16.
         """
-        ids = self.config.tokenize(texts)
         with jax.set_mesh(mesh):
             rows = [
                 jax.device_get(_program(mesh)(self, place(row, replicated(mesh))))

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -87,13 +87,15 @@ class T5TextConfig(FrozenTextConfig, name="t5"):
       The others are those of `FrozenTextConfig`.
     """
 
+    model_types: ClassVar[tuple[str, ...]] = ("t5", "mt5", "umt5")
+
     model: T5Config = T5_SIZES["t5-v1_1-xl"]
 
     @classmethod
     def sizes_of(cls, values: Mapping[str, Any]) -> T5Config:
         """Reads a config.json of T5, mT5 or UMT5; see `FrozenTextConfig.sizes_of`."""
         kind, form = values.get("model_type"), values.get("feed_forward_proj")
-        if kind not in ("t5", "mt5", "umt5") or form != "gated-gelu":
+        if kind not in cls.model_types or form != "gated-gelu":
             raise UserError(
                 f"config.json describes a model of type {kind!r} with feed_forward_proj={form!r}, "
                 "but config.task.text.name='t5' takes t5 (of version 1.1), mt5 and umt5 with "
