@@ -17,9 +17,9 @@ frozen: 1.2B parameters, of which the files are made by the four lines of docs/t
 hub id and a commit. The latents' records carry its embeddings, 4 KB a token, so that a caption
 takes more than its clip's 20 KB of latents. Where that is too much, encode without --text_encoder:
 the encoder then runs in every step, divided as the parameters are, which adds 11 % to L's work and
-1.5 % to 3B's. The tokenizer is that of `configs/tokenizer_t2v.py`; all but what is
-here is `configs/walt_ucf101.py`'s, whose docstring says
-more. Then another aspect (table 6), the images' latents being made likewise:
+1.5 % to 3B's. The tokenizer is that of `configs/tokenizer_t2v.py`; all but what is here is
+`configs/walt_ucf101.py`'s, whose docstring says more. Then another aspect (table 6), the images'
+latents being made likewise:
 
     python -m walt_jax.encode --workdir out/tokenizer_t2v --output out/wide_video_latents \
         --config.data.fps=8 --config.data.sizes="((128,224),)" --text_encoder out/t5_v1_1_xl
@@ -33,8 +33,8 @@ Without T5's files there is `:bytes`: a byte-level transformer of 2048 features,
 trained jointly in its place. What it understands of a text it learns from these captions alone.
 
 Hardware: a TPU pod, `:3b` with parameters over `--config.mesh.fsdp=128`; neither run nor measured
-by us at this size. 1.5e21 FLOPs for L, 1.1e22 for 3B, self-conditioning's pass included, T5's not: 5400
-and 39,000 chip-hours of TPU v5e at 40 % of its peak, if that is reached.
+by us at this size. 1.5e21 FLOPs for L, 1.1e22 for 3B, self-conditioning's pass included, T5's
+not: 5400 and 39,000 chip-hours of TPU v5e at 40 % of its peak, if that is reached.
 Expect an FVD of 344.5 and an IS of 31.7 on UCF-101 zero-shot from L, 258.1 and 35.1 from 3B
 (table 5, with guidance of a strength that the paper does not give), from 89M videos and 970M
 images with captions; less from other data.
