@@ -401,6 +401,21 @@ def test_embeddings_come_to_batches(with_text, text):
             Pipeline(with_text, config, text_encoder=dataclasses.replace(text, **change), **options)
 
 
+def test_a_caption_that_says_nothing_has_no_tokens(encode, data, text, sprite_records, tmp_path):
+    pytest.importorskip("tokenizers", reason="pip install '.[text]'")
+    videos = open_dataset(sprite_records)
+    examples = [videos.read(i) | {"caption": "up" if i else ""} for i in range(2)]
+    write_dataset(tmp_path / "videos", videos.features, examples, metadata=videos.metadata)
+    quiet = dataclasses.replace(data, path=str(tmp_path / "videos"))
+    latents = encode(tmp_path / "latents", data=quiet, text=text, epochs=1, batch_size=2)
+    config = DataConfig(str(latents.directory))
+    options = {"batch_size": 2, "seed": 0, "split": "all", "shuffle": False}
+    batch = next(Pipeline(latents, config, text_encoder=text, **options).batches())
+    assert batch["text_length"].tolist() == [0, 2]
+    rows = np.abs(batch["text_embeddings"]).sum(-1)
+    assert not rows[0].any() and rows[1, :2].all() and not rows[1, 2:].any()
+
+
 def test_tokens_come_to_batches_without_embeddings(straight, text):
     config = DataConfig(str(straight.directory))
     options = {"batch_size": 4, "seed": 0, "split": "all", "shuffle": False}

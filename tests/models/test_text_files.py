@@ -201,6 +201,11 @@ def test_a_hash_names_weights_and_not_files(tmp_path):
     same = t5(tmp_path / "b", max_tokens=9)
     write(same, shards=2)
     assert FrozenText.open(same).hash == digest
+    exact = dataclasses.replace(base, model=dataclasses.replace(T5, dtype="bfloat16"))
+    assert FrozenText.open(exact).hash == digest
+    pair = [clip(tmp_path / "d"), clip(tmp_path / "d", clip_skip=1)]
+    write(pair[0])
+    assert len({FrozenText.open(text).hash for text in pair}) == 2
     other = t5(tmp_path / "c")
     write(other, seed=1)
     assert FrozenText.open(other).hash != digest

@@ -75,7 +75,6 @@ class Captions:
                 f"A record of {record['source']} in {self.where} has text embeddings by encoder "
                 f"{made_by}, not by {self.cached}: encode the videos again."
             )
-        found = record[EMBEDDINGS]
-        embeddings = np.zeros(*self.arrays()[EMBEDDINGS])
-        embeddings[: len(found)] = found
-        return {"caption": caption, EMBEDDINGS: embeddings, LENGTH: np.int32(len(found))}
+        length, embeddings = record[LENGTH], np.zeros(*self.arrays()[EMBEDDINGS])
+        embeddings[:length] = record[EMBEDDINGS][:length]
+        return {"caption": caption, EMBEDDINGS: embeddings, LENGTH: np.int32(length)}

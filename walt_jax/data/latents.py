@@ -16,7 +16,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 import tqdm
 
-from walt_jax.data.captions import EMBEDDINGS
+from walt_jax.data.captions import EMBEDDINGS, LENGTH
 from walt_jax.data.parts import Parts
 from walt_jax.data.pipeline import DataConfig, HostBatch, Pipeline
 from walt_jax.data.records import Dataset, exact, open_dataset
@@ -47,7 +47,8 @@ CODE_FEATURES = tfds.features.FeaturesDict(
     {"codes": exact(np.uint8, None), **_COMMON}  # (t, h, w) by `pack_codes`
 )
 TEXT_FEATURES = {
-    EMBEDDINGS: exact(np.float16, None, None),  # (tokens, width), none of padding
+    EMBEDDINGS: exact(np.float16, None, None),  # (tokens, width); of none one row: TFDS reads no 0
+    LENGTH: tfds.features.Scalar(np.int64),  # tokens
     "text_hash": tfds.features.Text(),
 }
 
@@ -150,9 +151,10 @@ def encode_dataset(
                     else {"latents": latent}
                 )
                 if said is not None:
-                    tokens = said.tokens[row][said.mask[row]]
+                    length = int(said.mask[row].sum())
+                    tokens = said.tokens[row, : max(1, length)]
                     check_finite(tokens, text.path)
-                    content |= {EMBEDDINGS: tokens, "text_hash": encoder.hash}
+                    content |= {EMBEDDINGS: tokens, LENGTH: length, "text_hash": encoder.hash}
                 yield content | {
                     "num_frames": t,
                     "height": h,
