@@ -13,7 +13,14 @@ from jax.sharding import Mesh
 
 from walt_jax.errors import UserError
 from walt_jax.parallel import Layout, state_shardings
-from walt_jax.parallel.sharding import batch_sharding, lying, on_host, place, replicated
+from walt_jax.parallel.sharding import (
+    batch_sharding,
+    frozen_shardings,
+    lying,
+    on_host,
+    place,
+    replicated,
+)
 from walt_jax.training.experiment import Experiment
 from walt_jax.training.flops import gradient_flops
 from walt_jax.training.optimizers import make_optimizer, make_schedule
@@ -100,9 +107,9 @@ class Program:
             out_shardings=(self.shardings, replicated(self._mesh)),
         )
         batch = {name: lying(x, batch_sharding(self._mesh)) for name, x in shapes.items()}
-        everywhere = functools.partial(lying, sharding=replicated(self._mesh))
-        seed = everywhere(np.zeros((), np.uint32))
-        return jitted.lower(self.abstract, jax.tree.map(everywhere, frozen), batch, seed)
+        seed = lying(np.zeros((), np.uint32), replicated(self._mesh))
+        frozen = jax.tree.map(lying, frozen, frozen_shardings(frozen, self._mesh))
+        return jitted.lower(self.abstract, frozen, batch, seed)
 
     def _fetch(self, state: TrainState) -> TrainState:
         """The state on the devices; each array comes when the update needs it."""
