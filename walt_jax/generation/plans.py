@@ -221,3 +221,17 @@ SCHEMES: dict[str, Callable[[_Request], Iterator[Step]]] = {
     "hierarchy3": lambda asked: _hierarchy(asked, 3),
     "adaptive": lambda asked: _hierarchy(asked, 2),
 }
+
+
+def window_of(step: Step, window: int) -> tuple[np.ndarray, np.ndarray]:
+    """What the network sees in a step, which may have fewer frames than the window.
+
+    The rest of the window are the frames that follow, of which what is generated is thrown away.
+
+    Returns:
+      places: int32 (K,), rising; given: bool (K,), which of them are given.
+    """
+    frames = sorted({*step.given, *step.generate})
+    following = range(frames[-1] + 1, frames[-1] + 1 + window - len(frames))
+    places = np.asarray([*frames, *following], np.int32)
+    return places, np.isin(places, step.given)
