@@ -22,6 +22,7 @@ from walt_jax.parallel.sharding import batch_sharding, place, replicated
 from walt_jax.progress import bar as progress_bar
 from walt_jax.tasks import DenoiserTask, Task, Wanted, to_uint8
 from walt_jax.tasks.denoiser import NONE
+from walt_jax.training import exports
 from walt_jax.training.checkpoints import Checkpoints
 from walt_jax.training.tokenizers import load_tokenizer
 
@@ -60,19 +61,28 @@ class Generator:
         weights: Weights = "ema",
         mesh: Mesh | None = None,
     ) -> "Generator":
-        """Loads a run's newest checkpoint, or that of `step`.
+        """Loads a run's newest checkpoint, or that of `step`, or an export's weights.
 
         Raises:
-          UserError: the workdir holds no run of a denoiser, or no such checkpoint.
+          UserError: the folder holds no denoiser, or no such checkpoint.
         """
         values = config_lib.read_resolved(workdir)
         task = config_lib.build(Task, values["task"], "config.task")
         if not isinstance(task, DenoiserTask):
             raise UserError(f"{workdir} is a run of another task: sample from a denoiser's.")
-        with Checkpoints(workdir, read_only=True) as checkpoints:
-            name = "ema" if weights == "ema" else "params"
-            params = checkpoints.restore_part((name,), step)[name]
-            step = checkpoints.restored
+        name = "ema" if weights == "ema" else "params"
+        if exports.is_export(workdir):
+            about = exports.about_export(workdir)
+            if step not in (None, about["step"]) or name != about["part"]:
+                raise UserError(
+                    f"{workdir} holds {about['part']} of step {about['step']} alone: ask for that, "
+                    "or load the run's workdir."
+                )
+            params, step = exports.read_weights(workdir), about["step"]
+        else:
+            with Checkpoints(workdir, read_only=True) as checkpoints:
+                params = checkpoints.restore_part((name,), step)[name]
+                step = checkpoints.restored
         about_file = epath.Path(workdir) / config_lib.DATASET
         if not about_file.exists():
             raise UserError(f"{about_file} is missing: copy the whole workdir of the training.")
