@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from walt_jax.errors import UserError
-from walt_jax.generation.plans import SCHEMES, plan, window_of
+from walt_jax.tasks.plans import SCHEMES, plan, window_of
 
 _GROUPS = 8  # of frames in a sample at most; what they leave is filled at random
 _CHOSEN_BY_CONTENT = ("adaptive",)
@@ -25,7 +25,7 @@ class FramesConfig:
     Attributes:
       planned: share of clips whose frames are a step of one of `schemes`, by which videos are to be
         generated; the rest is FDM's mixture of evenly spaced groups (2205.11495, section 3).
-      schemes: names of plans, each as often as the others; see `walt_jax.generation.plans`.
+      schemes: names of plans, each as often as the others; see `walt_jax.tasks.plans`.
       step: frames generated at a time in their plans; None as there.
       first: share of planned clips that are a plan's first step, which is given nothing.
     """
@@ -76,7 +76,7 @@ def pick_frames(
             f"The clips have {length} latent frames, but config.task.model.grid takes {window} of "
             "each: make config.data.num_frames larger, or encode longer clips."
         )
-    rows, given_rows, odds = _planned(config, length, window)
+    rows, given_rows, odds = map(jnp.asarray, _planned(config, length, window))
 
     def one(key: jax.Array) -> tuple[jax.Array, jax.Array]:
         coin, pick, draw = jax.random.split(key, 3)

@@ -191,8 +191,8 @@ class DenoiserConfig:
             ),
             (
                 self.frame_times and (self.any_size or self.patch_size[0] > 1),
-                f"frame_times=True needs patches of one frame and clips of one size, not patch_size="
-                f"{self.patch_size} and positions={self.positions!r}",
+                "frame_times=True needs patches of one frame and clips of one size, not "
+                f"patch_size={self.patch_size} and positions={self.positions!r}",
             ),
             (
                 self.frame_times and self.relative_bias and any(w[0] != 1 for w in self.windows),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from walt_jax.errors import UserError
-from walt_jax.generation.plans import SCHEMES, Step, plan
+from walt_jax.tasks.plans import SCHEMES, Step, plan
 
 HIERARCHIES = ("hierarchy2", "hierarchy3", "adaptive")
 
