@@ -22,6 +22,7 @@ from walt_jax.parallel.sharding import batch_sharding, place, replicated
 from walt_jax.progress import bar as progress_bar
 from walt_jax.tasks import DenoiserTask, Task, Wanted, to_uint8
 from walt_jax.tasks.denoiser import NONE
+from walt_jax.tasks.given import Grid
 from walt_jax.training import exports
 from walt_jax.training.checkpoints import Checkpoints
 from walt_jax.training.tokenizers import load_tokenizer
@@ -98,6 +99,15 @@ class Generator:
             mesh,
         )
 
+    def placed(self) -> "Generator":
+        """The same with its weights on its mesh, where they stay from one call to the next."""
+        mesh = self.mesh or make_mesh(MeshConfig())
+        with jax.set_mesh(mesh):
+            everywhere = jax.tree.map(lambda _: replicated(mesh), self.tokenizer)
+            tokenizer = _placed(self.tokenizer, everywhere)
+            params = _placed(self.params, state_shardings(self.params, mesh))
+        return dataclasses.replace(self, params=params, tokenizer=tokenizer, mesh=mesh)
+
     @property
     def video_shape(self) -> tuple[int, int, int]:
         """Frames, height and width of what is sampled."""
@@ -152,8 +162,10 @@ class Generator:
         given: np.ndarray | None = None,
         given_mask: np.ndarray | None = None,
         low: np.ndarray | None = None,
+        start: np.ndarray | None = None,
+        strength: float = 1.0,
         count: int | None = None,
-        image: bool = False,
+        grid: Grid | None = None,
         seed: int = 0,
         sampler: Sampler = Ddim(),  # noqa: B008
         guidance: Scale = NONE,
@@ -172,8 +184,10 @@ class Generator:
           given: float32 (N, T, H, W, C), clean latents, where the model takes such; given_mask:
             bool (N, T, H, W), which of them.
           low: float32 (N, T, h, w, C), low-resolution latents, where the model takes such.
+          start: float32 (N, T, H, W, C), clean latents to start from, noised (SDEdit, 2108.01073);
+            strength: the share of the process's time to start at, of which the steps are taken.
           count: N, where nothing else says it.
-          image: one frame instead of all.
+          grid: (T, H, W) of the latents, by default the model's; T = 1 makes images.
           seed: of the noise.
           sampler: with its number of steps.
           guidance: strength of classifier-free guidance by class and text.
@@ -196,15 +210,17 @@ class Generator:
             given=given,
             given_mask=given_mask,
             low=low,
+            start=start,
         )
         counts = {len(leaf) for leaf in jax.tree.leaves(wanted)} | ({count} if count else set())
         if len(counts) != 1:
             raise UserError(
                 f"Sampling needs one number of videos, got {sorted(counts) or 'none'}: labels, "
-                "prompts, given and low must have one entry a video, or say count."
+                "prompts, given, low and start must have one entry a video, or say count."
             )
         total, classes = counts.pop(), self.task.model.num_classes
-        wanted.check(self.task.model)
+        grid = tuple(grid or self.task.model.grid)
+        wanted.check(self.task.model, grid)
         if labels is not None and not 0 <= np.min(labels) <= np.max(labels) <= classes:
             raise UserError(
                 f"The labels go from {np.min(labels)} to {np.max(labels)}, but this model has "
@@ -222,7 +238,8 @@ class Generator:
             guidance=guidance,
             given_guidance=given_guidance,
             low_noise=low_noise,
-            image=image,
+            grid=grid,
+            strength=strength,
             per_device=-(-min(batch_size, total) // shards),
         ):
             videos.append(batch)
@@ -240,7 +257,9 @@ class Generator:
         guidance: Scale = NONE,
         given_guidance: Scale = NONE,
         low_noise: float | None = None,
-        image: bool = False,
+        grid: Grid | None = None,
+        strength: float = 1.0,
+        decode: bool = True,
         per_device: int = 1,
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Any of the videos of a seed, batch by batch, with constant memory.
@@ -251,21 +270,23 @@ class Generator:
         Args:
           numbers: int (N,), which videos.
           wanted: what videos of given numbers (B,) are to show; asked for a batch at a time.
+          decode: give pixels, not latents.
           per_device: videos at a time on each device.
           The others are those of `sample`.
 
         Yields:
           (numbers (K,), uint8 videos (K, T, H, W, 3)), of every batch those that lie on this
-          process; with a mesh of this process alone, all of them.
+          process; with a mesh of this process alone, all of them. Without `decode` float32 latents
+          (K, t, h, w, C).
         """
-        mesh = self.mesh or make_mesh(MeshConfig())
+        ready = self.placed()
+        mesh, params, tokenizer = ready.mesh, ready.params, ready.tokenizer
         size = per_device * _shards(mesh)
-        run = _program(self.task, mesh, sampler, guidance, given_guidance, low_noise, image)
-
+        grid = grid or self.task.model.grid
+        run = _program(
+            self.task, mesh, sampler, guidance, given_guidance, low_noise, grid, strength, decode
+        )
         with jax.set_mesh(mesh):
-            everywhere = jax.tree.map(lambda _: replicated(mesh), self.tokenizer)
-            tokenizer = _placed(self.tokenizer, everywhere)
-            params = _placed(self.params, state_shardings(self.params, mesh))
             key = place(np.asarray(seed, np.uint32), replicated(mesh))
 
         def start(first: int) -> jax.Array:
@@ -277,10 +298,11 @@ class Generator:
                 return run(params, tokenizer, *inputs, key)
 
         def finish(first: int, videos: jax.Array) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-            rows, pixels = _mine(videos)
+            rows, values = _mine(videos)
             new = rows < len(numbers) - first
             if new.any():
-                yield np.asarray(numbers)[first + rows[new]], pixels[new]
+                found = to_uint8(values[new]) if decode else values[new]
+                yield np.asarray(numbers)[first + rows[new]], found
 
         # In pairs, so that the devices have the next batch while this one is looked at.
         before: tuple[int, jax.Array] | None = None
@@ -301,7 +323,9 @@ def _program(
     guidance: Scale,
     given_guidance: Scale,
     low_noise: float | None,
-    image: bool,
+    grid: Grid,
+    strength: float,
+    decode: bool,
 ) -> Callable[..., jax.Array]:
     """What samples: (params, tokenizer, wanted, numbers, seed) -> pixels, lying as a batch does.
 
@@ -321,7 +345,9 @@ def _program(
             guidance,
             given_guidance=given_guidance,
             low_noise=low_noise,
-            image=image,
+            grid=grid,
+            strength=strength,
+            decode=decode,
             layout=layout,
         )
 
@@ -350,14 +376,14 @@ def _placed(tree: PyTree, shardings: PyTree) -> PyTree:
 
 
 def _mine(videos: jax.Array) -> tuple[np.ndarray, np.ndarray]:
-    """The rows of a batch that lie on this process, rising, and their uint8 pixels.
+    """The rows of a batch that lie on this process, rising, and what they hold.
 
     What several devices hold alike counts once, on the first of them.
     """
     shards = [s for s in videos.addressable_shards if s.replica_id == 0]
     shards.sort(key=lambda s: s.index[0].start or 0)
     rows = [np.arange(len(s.data)) + (s.index[0].start or 0) for s in shards]
-    pixels = [to_uint8(s.data) for s in shards]
+    values = [np.asarray(s.data) for s in shards]
     if not shards:
-        return np.zeros(0, int), np.zeros((0, *videos.shape[1:]), np.uint8)
-    return np.concatenate(rows), np.concatenate(pixels)
+        return np.zeros(0, int), np.zeros((0, *videos.shape[1:]), videos.dtype)
+    return np.concatenate(rows), np.concatenate(values)

@@ -28,7 +28,7 @@ from walt_jax.tasks.base import (
     uniform,
 )
 from walt_jax.tasks.frames import FramesConfig, pick_frames
-from walt_jax.tasks.given import GivenConfig, draw_masks
+from walt_jax.tasks.given import GivenConfig, Grid, draw_masks
 from walt_jax.tasks.wanted import Wanted
 from walt_jax.training.denoisers import TEXT, start_from, without_text
 from walt_jax.training.tokenizers import find_tokenizer, keep_tokenizer
@@ -264,7 +264,8 @@ class DenoiserTask(Task, name="denoiser"):
         *,
         given_guidance: Scale = NONE,
         low_noise: float | None = None,
-        image: bool = False,
+        grid: Grid | None = None,
+        strength: float = 1.0,
         decode: bool = True,
         layout: Layout = Layout(),  # noqa: B008
     ) -> jax.Array:
@@ -280,7 +281,8 @@ class DenoiserTask(Task, name="denoiser"):
           given_guidance: by the given latents, likewise.
           low_noise: time of the noise on the low-resolution latents, a share of the process's;
             by default 0.05, or what training had at most.
-          image: one frame instead of all.
+          grid: (T, H, W) of the latents, by default the model's; one frame makes an image.
+          strength: with `wanted.start`, the share of the process's time to start from.
           decode: give pixels, not latents.
           layout: where activations lie on the mesh.
 
@@ -288,13 +290,11 @@ class DenoiserTask(Task, name="denoiser"):
           float32 (B, T, H, W, 3) in [-1, 1]; without `decode` latents (B, t, h, w, C).
 
         Raises:
-          UserError: `wanted` is not what the model was built for.
+          UserError: `wanted` or the grid is not what the model was built for.
         """
-        wanted.check(self.model)
-        if image and wanted.given is not None:
-            raise UserError("An image is sampled without 'given', which is of whole clips.")
-        frames = 1 if image else self.model.grid[0]
-        noise = standard_normal(keys, (frames, *self.model.grid[1:], self.model.latent_channels))
+        grid = grid or self.model.grid
+        wanted.check(self.model, grid)
+        noise = standard_normal(keys, (*grid, self.model.latent_channels))
         share = jnp.full(
             keys.shape[0], min(0.05, self.low_noise) if low_noise is None else low_noise
         )
@@ -324,7 +324,7 @@ class DenoiserTask(Task, name="denoiser"):
                 estimate = jnp.where(mask, wanted.given, estimate)
             return guided(x, t, estimate)
 
-        z = sampler(placed, noise, keys, self.diffusion)
+        z = sampler(placed, noise, keys, self.diffusion, wanted.start, strength)
         if wanted.given is not None:
             z = jnp.where(wanted.given_mask[..., None], wanted.given, z)
         return frozen.decode(z, layout) if decode else z
