@@ -12,7 +12,7 @@ decoded, and encoded again as the beginning of the next clip.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -99,7 +99,8 @@ def generate_long(
             for v in range(run.count)
         ]
         run.keep(total, latents)
-        return run.pixels(run.stream(steps, total, start), num_frames)
+        there, layout = run.stream(steps, total, start), Layout(run.generator.mesh)
+        return decode_latents(run.generator.tokenizer, run.latents, there, layout)
     given = _given_in_clips(generator, scheme, step, observed)
     steps = plan("frame_prediction", total, run.window, observed, run.window - max(given))
     return run.clips(list(steps), given, start)
@@ -243,11 +244,9 @@ class _Run:
         frames are there."""
         there = np.zeros(total, bool)
         if start is not None:
-            done = 0
-            for piece in _encode_chunks(self.generator.tokenizer, start):
-                self.latents[:, done : done + piece.shape[1]] = piece
-                done += piece.shape[1]
-            there[:done] = True
+            known = encode_pixels(self.generator.tokenizer, start)
+            self.latents[:, : known.shape[1]] = known
+            there[: known.shape[1]] = True
         with self.bar(total) as bar:
             bar.update(int(there.sum()))
             for number, steps in enumerate(zip(*plans)):
@@ -272,25 +271,6 @@ class _Run:
             for video, window in zip(videos, found):
                 slots = np.isin(places[video], generate) & ~known[video]
                 self.latents[video, generate] = window[slots]
-
-    def pixels(self, there: Iterator[int], num_frames: int) -> Iterator[np.ndarray]:
-        """Decodes the latent frames from the first on, as they come."""
-
-        def chunks() -> Iterator[np.ndarray]:
-            done, total = 0, self.latents.shape[1]
-            for number in there:
-                while done < total and (done + _CHUNK <= number or number == total):
-                    # The last chunk is filled up: what follows does not change what was before.
-                    places = np.minimum(np.arange(done, done + _CHUNK), total - 1)
-                    yield self.latents[:, places]
-                    done += _CHUNK
-
-        done = 0
-        layout = Layout(self.generator.mesh)
-        for piece in decode_chunks(self.generator.tokenizer, chunks(), layout):
-            piece = to_uint8(piece[:, : num_frames - done])
-            done += piece.shape[1]
-            yield piece
 
     # Clip after clip
 
@@ -326,9 +306,43 @@ def _encode(tokenizer: FrozenTokenizer, pixels: jax.Array) -> jax.Array:
     return tokenizer.encode(pixels)
 
 
-def _encode_chunks(tokenizer: FrozenTokenizer, frames: np.ndarray) -> Iterator[np.ndarray]:
-    """Latents of uint8 frames (N, 1 + 4n, H, W, 3), float32 (N, t, h, w, C), chunk by chunk."""
-    size = _CHUNK * tokenizer.config.factors[0]
-    pieces = split_frames(frames, size, 1 + size - tokenizer.config.factors[0])
-    for piece in encode_chunks(tokenizer, (to_unit(piece) for piece in pieces)):
-        yield np.asarray(piece)
+def encode_pixels(tokenizer: FrozenTokenizer, videos: np.ndarray) -> np.ndarray:
+    """Latents of uint8 videos (N, 1 + 4n, H, W, 3), chunk by chunk: float32 (N, 1 + n, h, w, C)."""
+    factor = tokenizer.config.factors[0]
+    pieces = split_frames(videos, _CHUNK * factor, 1 + (_CHUNK - 1) * factor)
+    found = encode_chunks(tokenizer, (to_unit(piece) for piece in pieces))
+    return np.concatenate([np.asarray(latents) for latents in found], axis=1)
+
+
+def decode_latents(
+    tokenizer: FrozenTokenizer,
+    latents: np.ndarray,
+    there: Iterable[int] | None = None,
+    layout: Layout = Layout(),  # noqa: B008
+) -> Iterator[np.ndarray]:
+    """Pixels of long latents on the host, chunk by chunk.
+
+    Args:
+      tokenizer: decodes.
+      latents: float32 (N, t, h, w, C).
+      there: how many of the first ones are there, rising to t; by default all.
+      layout: where activations lie on the mesh.
+
+    Yields:
+      uint8 (N, n, H, W, 3), in all 1 + 4 (t - 1) frames.
+    """
+    total = latents.shape[1]
+
+    def chunks() -> Iterator[np.ndarray]:
+        done = 0
+        for number in [total] if there is None else there:
+            while done < total and (done + _CHUNK <= number or number == total):
+                # The last chunk is filled up: what follows does not change what was before.
+                yield latents[:, np.minimum(np.arange(done, done + _CHUNK), total - 1)]
+                done += _CHUNK
+
+    left = 1 + (total - 1) * tokenizer.config.factors[0]
+    for piece in decode_chunks(tokenizer, chunks(), layout):
+        piece = to_uint8(piece[:, :left])
+        left -= piece.shape[1]
+        yield piece
