@@ -3,8 +3,6 @@
 import hashlib
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from walt_jax.errors import UserError
@@ -13,7 +11,7 @@ from walt_jax.evaluation.evaluators import Sampling
 from walt_jax.evaluation.protocols import Protocol
 from walt_jax.evaluation.scores import Record
 from walt_jax.generation import Generator
-from walt_jax.tasks import Wanted, to_unit
+from walt_jax.tasks import Wanted
 
 _LABELS, _ORDER = 7, 8  # tags of the random draws of classes, and of the clips that are continued
 
@@ -63,7 +61,6 @@ class Wishes:
             self._given = generator.tokenizer.config.latent_shape(protocol.given_frames, *size)[0]
             rng = np.random.default_rng((sampling.seed, _ORDER))
             self._order = rng.permutation(len(clips))
-            self._encode = jax.jit(lambda t, x: t.encode(to_unit(x)))
 
     def __call__(self, numbers: np.ndarray) -> Wanted:
         """Of samples `numbers` (B,)."""
@@ -117,8 +114,8 @@ class Wishes:
         given = np.zeros((len(numbers), t, h, w, channels), np.float32)
         mask = np.zeros((len(numbers), t, h, w), bool)
         mask[:, : self._given] = True
-        for row, number in enumerate(numbers):  # one by one: the same bits in any batch
-            clip = self._real.read(int(self._order[number % len(self._order)]))
-            frames = jnp.asarray(clip[None, : self._protocol.given_frames])
-            given[row, : self._given] = self._encode(self._generator.tokenizer, frames)[0]
+        rows = self._order[numbers % len(self._order)]
+        clips = np.stack([self._real.read(int(row)) for row in rows])
+        frames = clips[:, : self._protocol.given_frames]
+        given[:, : self._given] = self._generator.encode(frames)
         return given, mask
