@@ -104,6 +104,15 @@ class Generator:
             _has_images(values),
         )
 
+    def placed(self) -> "Generator":
+        """The same with its weights on its mesh, where they stay from one call to the next."""
+        mesh = self.mesh or make_mesh(MeshConfig())
+        with jax.set_mesh(mesh):
+            everywhere = jax.tree.map(lambda _: replicated(mesh), self.tokenizer)
+            tokenizer = programs.placed(self.tokenizer, everywhere)
+            params = programs.placed(self.params, state_shardings(self.params, mesh))
+        return dataclasses.replace(self, params=params, tokenizer=tokenizer, mesh=mesh)
+
     @functools.cached_property
     def sizes(self) -> Sizes:
         """What sizes and lengths can be sampled."""
@@ -275,6 +284,7 @@ class Generator:
         low_noise: float | None = None,
         grid: Grid | None = None,
         strength: float = 1.0,
+        decode: bool = True,
         per_device: int = 1,
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Any of the videos of a seed, batch by batch, with constant memory.
@@ -285,24 +295,23 @@ class Generator:
         Args:
           numbers: int (N,), which videos.
           wanted: what videos of given numbers (B,) are to show; asked for a batch at a time.
+          decode: give pixels, not latents.
           per_device: videos at a time on each device.
           The others are those of `sample`.
 
         Yields:
           (numbers (K,), uint8 videos (K, T, H, W, 3)), of every batch those that lie on this
-          process; with a mesh of this process alone, all of them.
+          process; with a mesh of this process alone, all of them. Without `decode` float32 latents
+          (K, t, h, w, C).
         """
-        mesh = self.mesh or make_mesh(MeshConfig())
+        ready = self.placed()
+        mesh, params, tokenizer = ready.mesh, ready.params, ready.tokenizer
         size = per_device * programs.shards(mesh)
         grid = grid or self.task.model.grid
         run = programs.program(
-            self.task, mesh, sampler, guidance, given_guidance, low_noise, grid, strength
+            self.task, mesh, sampler, guidance, given_guidance, low_noise, grid, strength, decode
         )
-
         with jax.set_mesh(mesh):
-            everywhere = jax.tree.map(lambda _: replicated(mesh), self.tokenizer)
-            tokenizer = programs.placed(self.tokenizer, everywhere)
-            params = programs.placed(self.params, state_shardings(self.params, mesh))
             key = place(np.asarray(seed, np.uint32), replicated(mesh))
 
         def start(first: int) -> jax.Array:
@@ -314,10 +323,11 @@ class Generator:
                 return run(params, tokenizer, *inputs, key)
 
         def finish(first: int, videos: jax.Array) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-            rows, pixels = programs.mine(videos)
+            rows, values = programs.mine(videos)
             new = rows < len(numbers) - first
             if new.any():
-                yield np.asarray(numbers)[first + rows[new]], pixels[new]
+                found = to_uint8(values[new]) if decode else values[new]
+                yield np.asarray(numbers)[first + rows[new]], found
 
         # In pairs, so that the devices have the next batch while this one is looked at.
         before: tuple[int, jax.Array] | None = None

@@ -12,7 +12,7 @@ from walt_jax.diffusion import Sampler, Scale
 from walt_jax.models.tokenizer.frozen import FrozenTokenizer
 from walt_jax.parallel import Layout
 from walt_jax.parallel.sharding import batch_sharding, place
-from walt_jax.tasks import DenoiserTask, Wanted, to_uint8, to_unit
+from walt_jax.tasks import DenoiserTask, Wanted, to_unit
 from walt_jax.tasks.given import Grid
 
 PyTree = Any
@@ -40,6 +40,7 @@ def program(
     low_noise: float | None,
     grid: Grid,
     strength: float,
+    decode: bool,
 ) -> Callable[..., jax.Array]:
     """What samples: (params, tokenizer, wanted, numbers, seed) -> pixels, lying as a batch does.
 
@@ -61,6 +62,7 @@ def program(
             low_noise=low_noise,
             grid=grid,
             strength=strength,
+            decode=decode,
             layout=layout,
         )
 
@@ -90,14 +92,14 @@ def placed(tree: PyTree, shardings: PyTree) -> PyTree:
 
 
 def mine(videos: jax.Array) -> tuple[np.ndarray, np.ndarray]:
-    """The rows of a batch that lie on this process, rising, and their uint8 pixels.
+    """The rows of a batch that lie on this process, rising, and what they hold.
 
     What several devices hold alike counts once, on the first of them.
     """
     shards = [s for s in videos.addressable_shards if s.replica_id == 0]
     shards.sort(key=lambda s: s.index[0].start or 0)
     rows = [np.arange(len(s.data)) + (s.index[0].start or 0) for s in shards]
-    pixels = [to_uint8(s.data) for s in shards]
+    values = [np.asarray(s.data) for s in shards]
     if not shards:
-        return np.zeros(0, int), np.zeros((0, *videos.shape[1:]), np.uint8)
-    return np.concatenate(rows), np.concatenate(pixels)
+        return np.zeros(0, int), np.zeros((0, *videos.shape[1:]), videos.dtype)
+    return np.concatenate(rows), np.concatenate(values)

@@ -19,6 +19,7 @@ from walt_jax.errors import UserError
 from walt_jax.generation.generator import Generator
 from walt_jax.generation.sizes import Sizes
 from walt_jax.generation.sources import Source, read_source
+from walt_jax.tasks import GivenConfig
 
 Direction = Literal["forward", "backward"]
 
@@ -143,10 +144,10 @@ class Request:
 
     def _check(self, mask: np.ndarray) -> None:
         """Refuses what training did not give."""
-        config = self.generator.task.given
+        task, whole = self.generator.task, (mask == mask[:, :1, :1]).all()
+        config = GivenConfig(random=1.0) if task.model.frame_times else task.given
         if config.share and config.admits(mask):
             return
-        whole = (mask == mask[:, :1, :1]).all()
         places = ", ".join(map(str, np.flatnonzero(mask.any((1, 2)))))
         what = f"latent frames {places} of 0 to {len(mask) - 1}" if whole else "all but a region"
         raise UserError(

@@ -56,7 +56,7 @@ class Walt:
         Raises:
           UserError: there is no such model.
         """
-        return cls(Generator.load(find(source), step, weights=weights, mesh=mesh))
+        return cls(Generator.load(find(source), step, weights=weights, mesh=mesh).placed())
 
     @property
     def step(self) -> int:
