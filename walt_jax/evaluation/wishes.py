@@ -1,7 +1,6 @@
 """What the samples of a protocol are to show: sample i's class, text and first frames."""
 
 import hashlib
-from pathlib import Path
 
 import numpy as np
 
@@ -11,6 +10,7 @@ from walt_jax.evaluation.evaluators import Sampling
 from walt_jax.evaluation.protocols import Protocol
 from walt_jax.evaluation.scores import Record
 from walt_jax.generation import Generator
+from walt_jax.generation.sources import read_prompts
 from walt_jax.tasks import Wanted
 
 _LABELS, _ORDER = 7, 8  # tags of the random draws of classes, and of the clips that are continued
@@ -88,10 +88,7 @@ class Wishes:
 
     def _prompts(self, file: str) -> list[str]:
         if file:
-            if not Path(file).is_file():
-                raise UserError(f"{file} does not exist: give a file with a prompt a line.")
-            prompts = [line.strip() for line in Path(file).read_text().splitlines()]
-            prompts = [prompt for prompt in prompts if prompt]
+            prompts = read_prompts(file)
         else:
             clips = self._clips("takes the real clips' captions")
             prompts = [clips.caption(i) for i in range(len(clips))]

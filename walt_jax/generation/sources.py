@@ -61,6 +61,17 @@ def read_source(source: Source, fps: float, size: Size) -> np.ndarray:
     return _fitted(video.frames[clip_frames(video.times, count, fps, 0.0)], size, str(source))
 
 
+def read_prompts(file: str | Path) -> list[str]:
+    """The prompts of a text file, one a line; empty lines are left out.
+
+    Raises:
+      UserError: there is no such file.
+    """
+    if not Path(file).is_file():
+        raise UserError(f"{file} does not exist: give a file with a prompt a line.")
+    return [line.strip() for line in Path(file).read_text().splitlines() if line.strip()]
+
+
 def read_mask(mask: Source | Sequence[float], size: Size) -> np.ndarray:
     """Where to paint, bool (H, W).
 
