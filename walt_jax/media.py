@@ -6,6 +6,7 @@ from pathlib import Path
 import av
 import cv2
 import numpy as np
+from PIL import Image
 
 
 class Mp4Writer:
@@ -56,7 +57,7 @@ def _checked(frames: np.ndarray, path: str | Path) -> np.ndarray:
     frames = np.asarray(frames)
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
         raise ValueError(
-            f"write_mp4 takes uint8 (T, H, W, 3), got {frames.dtype} {frames.shape} for {path}."
+            f"A video is uint8 (T, H, W, 3), got {frames.dtype} {frames.shape} for {path}."
         )
     return frames
 
@@ -73,6 +74,14 @@ def write_mp4(path: str | Path, frames: np.ndarray, fps: float, *, crf: int = 18
     frames = _checked(frames, path)
     with Mp4Writer(path, fps, crf=crf) as writer:
         writer.write(frames)
+
+
+def write_gif(path: str | Path, frames: np.ndarray, fps: float) -> None:
+    """Writes uint8 RGB frames (T, H, W, 3) as a GIF that repeats, each with its own 256 colours."""
+    pictures = [Image.fromarray(frame) for frame in _checked(frames, path)]
+    pictures[0].save(
+        path, save_all=True, append_images=pictures[1:], duration=1000 / fps, loop=0, optimize=False
+    )
 
 
 def write_png(path: str | Path, image: np.ndarray) -> None:
