@@ -5,24 +5,14 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from tiny_generators import generator
 
 from walt_jax.diffusion import Ddim
 from walt_jax.errors import UserError
-from walt_jax.generation import Generator
 from walt_jax.generation.long_video import generate_long
-from walt_jax.models import DenoiserConfig, TokenizerConfig
-from walt_jax.models.tokenizer.frozen import FrozenTokenizer, network
-from walt_jax.parallel import MeshConfig, make_mesh
+from walt_jax.models import DenoiserConfig
 from walt_jax.tasks import DenoiserTask, GivenConfig, Wanted, to_uint8, to_unit
 
-TOKENIZER = TokenizerConfig(
-    channels=8,
-    multipliers=(1, 1, 1, 1),
-    num_res_blocks=1,
-    latent_channels=2,
-    norm_groups=2,
-    dtype="float32",
-)
 MODEL = DenoiserConfig(
     grid=(4, 2, 2),
     latent_channels=2,
@@ -44,20 +34,6 @@ CLIPS = dataclasses.replace(
     given=GivenConfig(first=0.5, first_frames=(1, 2)),
 )
 QUICK = {"sampler": Ddim(num_steps=2), "progress": False}
-
-
-def drawn(shapes, seed):
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda s: np.float32(0.2 * rng.standard_normal(s.shape)), shapes)
-
-
-def generator(task, devices=1):
-    params = drawn(jax.eval_shape(task.init, jax.random.key(0)), 0)
-    tokenizer = FrozenTokenizer.create(
-        TOKENIZER, drawn(network(TOKENIZER).shapes(), 1), np.zeros(2), np.ones(2)
-    )
-    mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
-    return Generator(task, params, tokenizer, (), 8.0, 0, mesh=mesh).placed()
 
 
 @pytest.fixture(scope="module")

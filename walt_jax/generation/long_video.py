@@ -290,7 +290,7 @@ class _Run:
                     there = 1 + (tail.shape[1] - 1) // factor
                     known = max(n for n in given if n <= there)
                     old = 1 + (known - 1) * factor
-                    clean[:, :known] = _encode(self.generator.tokenizer, to_unit(tail[:, -old:]))
+                    clean[:, :known] = self.generator.encode(tail[:, -old:])
                     mask[:, :known] = True
                 frame = factor * step.generate[len(step.generate) // 2]
                 found = self.sample(number, frame, given=clean, given_mask=mask)
@@ -299,11 +299,6 @@ class _Run:
                 tail = video[:, : old + new]
                 yield tail[:, old:]
                 bar.update(len(step.generate))
-
-
-@jax.jit
-def _encode(tokenizer: FrozenTokenizer, pixels: jax.Array) -> jax.Array:
-    return tokenizer.encode(pixels)
 
 
 def encode_pixels(tokenizer: FrozenTokenizer, videos: np.ndarray) -> np.ndarray:
