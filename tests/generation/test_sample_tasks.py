@@ -182,9 +182,9 @@ def test_what_the_checkpoint_was_not_trained_for_is_refused(walt, fake):
     ("wishes", "sentence"),
     [
         ({"task": "dream"}, "no task 'dream': choose one of text_to_video, text_to_image"),
-        ({"task": "extend"}, "extend takes 1 pictures or videos .image, video., got 0"),
-        ({"task": "loop", "image": [video(1)[0]] * 2}, "loop takes 0 or 1 pictures"),
-        ({"task": "image_to_video"}, "takes 1 or more pictures"),
+        ({"task": "extend"}, "extend takes 1 of image and video together, got 0"),
+        ({"task": "loop", "image": [video(1)[0]] * 2}, "loop takes 0 or 1 of image"),
+        ({"task": "image_to_video"}, "takes 1 or more of image"),
         ({"task": "extend", "video": video(9), "strength": 0.5}, "extend reads no strength.*edit"),
         ({"mask": (0, 0, 1, 1)}, "text_to_video reads no mask.*take inpaint, outpaint"),
         ({"task": "edit", "video": video(9), "strength": 1.5}, "strength lies above 0"),

@@ -58,7 +58,8 @@ def read_source(source: Source, fps: float, size: Size) -> np.ndarray:
     rate = (len(video.times) - 1) / max(video.times[-1], 1e-9)
     if abs(rate - fps) > 0.01 * fps and len(video.times) > 1:
         logger.info("%s: %.4g fps, taken at %.4g: %d frames.", source, rate, fps, count)
-    return _fitted(video.frames[clip_frames(video.times, count, fps, 0.0)], size, str(source))
+    frames = video.frames[clip_frames(video.times, count, fps, 0.0)]
+    return _fitted(frames, size, str(source), size_of(source))
 
 
 def read_prompts(file: str | Path) -> list[str]:
@@ -144,8 +145,8 @@ def _box(box: object, size: Size) -> np.ndarray:
     return painted
 
 
-def _fitted(frames: np.ndarray, size: Size, name: str) -> np.ndarray:
-    h, w = frames.shape[1:3]
+def _fitted(frames: np.ndarray, size: Size, name: str, original: Size | None = None) -> np.ndarray:
+    h, w = original or frames.shape[1:3]
     if (h, w) == tuple(size):
         return frames
     fitted = fit_frames(frames, size)

@@ -265,7 +265,7 @@ def _check_reads(task: str, sources: int, read: dict[str, Any]) -> None:
     if sources < least or (most is not None and sources > most):
         takes = f"{least} or more" if most is None else " or ".join({f"{least}": 0, f"{most}": 0})
         raise UserError(
-            f"The task {task} takes {takes} pictures or videos (image, video), got {sources}."
+            f"The task {task} takes {takes} of image and video together, got {sources}."
         )
     for name, value in read.items():
         if value is not None and name not in TASKS[task].reads:
