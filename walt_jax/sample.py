@@ -9,9 +9,12 @@ from walt_jax import cli
 from walt_jax.diffusion import Sampler, Scale
 from walt_jax.errors import UserError
 from walt_jax.generation import TASKS
-from walt_jax.generation.output import PAGE, settings_of, write_samples
+from walt_jax.generation.cascade import enlarged
+from walt_jax.generation.output import PAGE, settings_of, write_long, write_samples
 from walt_jax.generation.sources import read_prompts
+from walt_jax.generation.tasks import long_pieces
 from walt_jax.parallel.mesh import make_mesh, parse_mesh
+from walt_jax.tasks.plans import SCHEMES
 
 _NOTHING_SAID = 16  # videos, where neither text nor a picture says how many
 
@@ -29,9 +32,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     walt = walt_jax.load(args.workdir, step=args.checkpoint, mesh=mesh)
     fps = walt.fps / walt.generator.sizes.every(args.fps)
     request = walt.request(**wishes)  # so that what does not fit is told before anything is made
-    videos = walt.sample(fps=args.fps, **wishes)
-    write_samples(args.out, videos, settings_of(request, fps, args.workdir), fps, args.format)
-    print(f"{len(videos)} videos in {args.out}; look at {args.out}/{PAGE}")
+    settings = settings_of(request, fps, args.workdir)
+    every = walt.generator.sizes.every(args.fps)
+    if request.task == "long" and args.format in (None, "mp4") and not args.cascade:
+        write_long(args.out, long_pieces(request), settings, fps, every)
+    else:
+        if args.cascade:
+            videos = enlarged(request, args.cascade.split(","))[:, ::every]
+            settings = [{**row, "cascade": args.cascade} for row in settings]
+        else:
+            videos = walt.sample(fps=args.fps, **wishes)
+        write_samples(args.out, videos, settings, fps, args.format)
+    print(f"{request.count} videos in {args.out}; look at {args.out}/{PAGE}")
 
 
 def _wishes(args: argparse.Namespace) -> dict[str, Any]:
@@ -45,7 +57,18 @@ def _wishes(args: argparse.Namespace) -> dict[str, Any]:
     if args.guidance is not None or args.guidance_schedule != "constant":
         scale = Scale.registry[args.guidance_schedule]
         guidance = scale() if args.guidance is None else scale(scale=args.guidance)
-    same = ("task", "image", "video", "mask", "size", "seconds", "direction", "strength", "seed")
+    same = (
+        "task",
+        "image",
+        "video",
+        "mask",
+        "size",
+        "seconds",
+        "direction",
+        "strength",
+        "scheme",
+        "seed",
+    )
     same = (*same, "negative_prompt", "given_guidance", "sampler", "steps", "batch_size")
     return {
         "prompt": prompts or None,
@@ -81,6 +104,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--fps", type=float, help="frames a second: the model's, or a part of it")
     add("--direction", choices=("forward", "backward"), help="of extend (default forward)")
     add("--strength", type=float, help="of edit: from 0, the video, to 1, noise (default 0.6)")
+    add("--scheme", choices=sorted(SCHEMES), help="of long: the order in which frames come about\n"
+        "(default frame_prediction)")  # fmt: skip
+    add("--cascade", metavar="DIR,DIR", help="models of super-resolution that make clips larger")
     add("--seed", type=int, default=0)
     add("--guidance", type=float, help="its strength; 1 is none (default: none, or the schedule's)")
     add("--guidance_schedule", choices=sorted(Scale.registry), default="constant",

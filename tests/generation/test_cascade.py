@@ -74,6 +74,18 @@ def test_stages_by_hand(stages, videos):
     assert np.abs(videos[0].astype(int) - videos[1]).max() > 8
 
 
+def test_clips_of_ones_own_are_enlarged(stages):
+    clips = np.random.default_rng(0).integers(0, 255, (2, 5, 16, 16, 3), np.uint8)
+    ((rows, found),) = Cascade(stages[:2]).stream(
+        np.array([1]), LABELS, videos=clips, seed=4, **QUICK
+    )
+    low = stages[1].encode(clips[1:])
+    ((_, expected),) = stages[1].stream(rows, lambda _: Wanted(low=low), seed=seed_of(1), **QUICK)
+    np.testing.assert_array_equal(found, expected)
+    with pytest.raises(UserError, match="clips of 5x16x16, not of 1x16x16"):
+        next(Cascade(stages[:2]).stream(rows, LABELS, videos=clips[:, :1], **QUICK))
+
+
 @pytest.mark.slow
 def test_a_video_is_the_same_in_other_batches_of_the_stages(stages, videos):
     streamed = Cascade(stages).stream(

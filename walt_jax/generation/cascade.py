@@ -19,6 +19,9 @@ from jax.sharding import Mesh
 from walt_jax.diffusion import Ddim, Sampler, Scale
 from walt_jax.errors import UserError
 from walt_jax.generation.generator import Generator
+from walt_jax.generation.requests import Request
+from walt_jax.generation.tasks import TASKS
+from walt_jax.generation.walt import find
 from walt_jax.parallel.mesh import MeshConfig, make_mesh
 from walt_jax.progress import bar as progress_bar
 from walt_jax.tasks import Wanted
@@ -75,7 +78,7 @@ class Cascade:
           UserError: one of them cannot be loaded, or they do not follow each other.
         """
         mesh = mesh or make_mesh(MeshConfig())
-        return cls(tuple(Generator.load(source, mesh=mesh).placed() for source in sources))
+        return cls(tuple(Generator.load(find(s), mesh=mesh).placed() for s in sources))
 
     @property
     def video_shape(self) -> tuple[int, int, int]:
@@ -134,6 +137,7 @@ class Cascade:
         labels: np.ndarray | None = None,
         prompts: Sequence[str] | None = None,
         *,
+        videos: np.ndarray | None = None,
         seed: int = 0,
         sampler: Sampler | Sequence[Sampler] = Ddim(),  # noqa: B008
         guidance: Scale | Sequence[Scale] = NONE,
@@ -147,6 +151,7 @@ class Cascade:
         Args:
           numbers: int (N,), which videos.
           labels: int32, of all numbers; prompts: texts, likewise.
+          videos: uint8 (N, T, H, W, 3), of all numbers: clips to enlarge, in place of the base's.
           seed: of the noise; every stage has its own.
           sampler, guidance: of every stage, or of each.
           low_noise: time of the noise on what a stage is told, a share of the process's; by default
@@ -167,16 +172,21 @@ class Cascade:
         for stage, chosen in zip(self.stages, samplers):
             chosen.check(stage.task.diffusion)
         said = [_said(stage, labels, prompts) for stage in self.stages]
+        if videos is not None and videos.shape[1:4] != self.stages[0].video_shape:
+            raise UserError(
+                f"The cascade enlarges clips of {_times(self.stages[0].video_shape)}, not of "
+                f"{_times(videos.shape[1:4])}: give such clips."
+            )
 
         def run(
-            number: int, videos: np.ndarray, low: Callable[[np.ndarray], np.ndarray] | None
+            number: int, rows: np.ndarray, low: Callable[[np.ndarray], np.ndarray] | None
         ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
             def wanted(rows: np.ndarray) -> Wanted:
-                of_rows = jax.tree.map(lambda leaf: np.asarray(leaf)[rows], said[number])
+                of_rows = jax.tree.map(lambda leaf: leaf[rows], said[number])
                 return of_rows if low is None else dataclasses.replace(of_rows, low=low(rows))
 
             yield from self.stages[number].stream(
-                videos,
+                rows,
                 wanted,
                 seed=int(np.random.SeedSequence((seed, number)).generate_state(1)[0]),
                 sampler=samplers[number],
@@ -189,17 +199,12 @@ class Cascade:
         def through(number: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
             if number == 0:
                 yield from run(0, np.asarray(numbers), None)
-                return
-            for videos, latents in through(number - 1):
-                before = self._handed(number, latents)
-                place = {video: i for i, video in enumerate(videos.tolist())}
-                yield from run(
-                    number,
-                    videos,
-                    lambda rows, before=before, place=place: before[
-                        [place[r] for r in rows.tolist()]
-                    ],
-                )
+            elif number == 1 and videos is not None:
+                encode = self.stages[1].encode
+                yield from run(1, np.asarray(numbers), lambda rows: encode(videos[rows]))
+            else:
+                for rows, latents in through(number - 1):
+                    yield from run(number, rows, _by_number(rows, self._handed(number, latents)))
 
         yield from through(count - 1)
 
@@ -209,6 +214,38 @@ class Cascade:
         if before.tokenizer.hash == after.tokenizer.hash:
             return latents
         return after.encode(before.decode(latents))
+
+
+def enlarged(request: Request, sources: Sequence[str | Path]) -> np.ndarray:
+    """A task's clips, enlarged by models of super-resolution; uint8 (N, T, H, W, 3).
+
+    Clips of prompts or classes alone go on as latents, those of other tasks as pixels.
+
+    Args:
+      request: what is asked of the base model.
+      sources: workdirs or exports of the models after it.
+
+    Raises:
+      UserError: a model cannot be loaded, or does not fit.
+    """
+    base = request.generator.placed()
+    if (request.frames, *request.size) != base.video_shape:
+        raise UserError(
+            f"The cascade enlarges clips of {_times(base.video_shape)}, not of "
+            f"{_times((request.frames, *request.size))}: leave size and seconds out."
+        )
+    others = (Generator.load(find(source), mesh=base.mesh) for source in sources)
+    cascade = Cascade((base, *(other.placed() for other in others)))
+    clips = None if request.task == "text_to_video" else TASKS[request.task].make(request)
+    names = ("sampler", "guidance", "batch_size", "progress")
+    return cascade.sample(
+        request.labels,
+        prompts=request.prompts,
+        count=request.count,
+        videos=clips,
+        seed=request.seed,
+        **{name: request.options[name] for name in names},
+    )
 
 
 def _said(stage: Generator, labels: np.ndarray | None, prompts: Sequence[str] | None) -> Wanted:
@@ -222,6 +259,12 @@ def _said(stage: Generator, labels: np.ndarray | None, prompts: Sequence[str] | 
         label=np.asarray(labels, np.int32) if model.num_classes else None,
         text=stage.texts(prompts) if model.text_features else None,
     )
+
+
+def _by_number(numbers: np.ndarray, values: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """The values (K, ...) of videos with these numbers (K,), for any of the numbers."""
+    place = {number: i for i, number in enumerate(numbers.tolist())}
+    return lambda rows: values[[place[row] for row in rows.tolist()]]
 
 
 def _each(value: T | Sequence[T], count: int, what: str) -> list[T]:

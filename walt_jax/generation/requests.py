@@ -40,6 +40,7 @@ class Request:
       seconds: how long, None for a clip.
       direction: in which time goes on.
       strength: share of the process's time at which an edit starts.
+      scheme: in which order the frames of a long video come about.
       seed: of the noise.
       options: of `Generator.sample`: sampler, guidance and the like.
     """
@@ -57,6 +58,7 @@ class Request:
     seconds: float | None = None
     direction: Direction = "forward"
     strength: float = 0.6
+    scheme: str = "frame_prediction"
     seed: int = 0
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 

@@ -5,13 +5,17 @@ Every one is a way of laying given pixels into a clip; the one sampler does the 
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from walt_jax.errors import UserError
+from walt_jax.generation.long_video import generate_long
 from walt_jax.generation.requests import Request, latent_mask, pixel_mask
 from walt_jax.generation.sources import letterbox, name_of, read_mask
+from walt_jax.tasks import Wanted
+
+_LONG = 60.0  # seconds
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +28,7 @@ class SampleTask:
       name, summary: of it.
       make: a request to videos, uint8 (N, T, H, W, 3).
       sources: the least and the most pictures and videos that it takes; 0 for the most is any.
-      reads: what else of a request it reads: seconds, mask, direction, strength.
+      reads: what else of a request it reads: seconds, mask, direction, strength, scheme.
     """
 
     name: str
@@ -83,6 +87,35 @@ def extend(request: Request) -> np.ndarray:
             return videos
     total = len(video) + new
     return videos[:, :total] if forward else videos[:, -total:]
+
+
+def long(request: Request) -> np.ndarray:
+    """Videos of any length, from a start or from nothing, all in memory."""
+    return np.concatenate(list(long_pieces(request)), axis=1)
+
+
+def long_pieces(request: Request) -> Iterator[np.ndarray]:
+    """Videos of any length, uint8 (N, n, H, W, 3) at a time."""
+    fps, factor = request.generator.fps, request.factors[0]
+    if tuple(request.size) != tuple(request.generator.video_shape[1:]):
+        height, width = request.generator.video_shape[1:]
+        raise UserError(f"Long videos have the size {height}x{width}: leave size out.")
+    frames = 1 + factor * max(1, round((request.seconds or _LONG) * fps / factor))
+    start = None
+    if request.sources:
+        start = request.read(0)
+        start = start[None, : len(start) - (len(start) - 1) % factor].repeat(request.count, axis=0)
+    said = None if request.prompts is None else request.generator.texts(request.prompts)
+    return generate_long(
+        request.generator,
+        frames,
+        Wanted(label=request.labels, text=said),
+        scheme=request.scheme,
+        count=request.count,
+        start=start,
+        seed=request.seed,
+        **request.options,
+    )
 
 
 def interpolate(request: Request) -> np.ndarray:
@@ -212,6 +245,7 @@ TASKS = {
         SampleTask("text_to_image", "the same, one frame", text_to_image),
         SampleTask("image_to_video", "pictures, moving", image_to_video, (1, None), ("seconds",)),
         SampleTask("extend", "a video, longer", extend, _ONE, ("seconds", "direction")),
+        SampleTask("long", "minutes, by a scheme", long, (0, 1), ("seconds", "scheme")),
         SampleTask("interpolate", "from one to another", interpolate, _TWO, ("seconds",)),
         SampleTask("connect", "two videos, joined", connect, _TWO, ("seconds",)),
         SampleTask("loop", "without a seam", loop, (0, 1), ("seconds",)),

@@ -122,6 +122,7 @@ class Walt:
         seconds: float | None = None,
         direction: Direction | None = None,
         strength: float | None = None,
+        scheme: str | None = None,
         seed: int = 0,
         guidance: float | Scale | None = None,
         given_guidance: float | Scale | None = None,
@@ -135,6 +136,7 @@ class Walt:
             raise UserError(f"There is no task {task!r}: choose one of {', '.join(TASKS)}.")
         sources = (*_listed(image), *_listed(video))
         read = {"seconds": seconds, "mask": mask, "direction": direction, "strength": strength}
+        read["scheme"] = scheme
         _check_reads(task, len(sources), read)
         if strength is not None and not 0 < strength <= 1:
             raise UserError(f"strength lies above 0 and up to 1, got {strength:g}.")
@@ -166,7 +168,7 @@ class Walt:
             generator,
             task,
             count,
-            generator.sizes.frames(None if task == "extend" else seconds),
+            generator.sizes.frames(None if task in ("extend", "long") else seconds),
             generator.sizes.size(size, like),
             self._labels(labels, count),
             _turns(prompts or [""], count) if generator.task.text is not None else None,
@@ -176,6 +178,7 @@ class Walt:
             seconds,
             direction or "forward",
             0.6 if strength is None else strength,
+            scheme or "frame_prediction",
             seed,
             options,
         )
@@ -191,8 +194,8 @@ class Walt:
           prompt: a text or several, where the model reads text.
           fps: frames a second of what is returned: the model's, or a part of it, for which frames
             are left out.
-          task: text_to_video, text_to_image, image_to_video, extend, interpolate, connect, loop,
-            inpaint, outpaint or edit.
+          task: text_to_video, text_to_image, image_to_video, extend, long, interpolate, connect,
+            loop, inpaint, outpaint or edit.
           label: a class's name or number, or several, where the model has classes; by default all
             in turn.
           negative_prompt: what not to show, in place of nothing said; one, or one a video.
@@ -202,9 +205,12 @@ class Walt:
             or a picture, white where to paint.
           size: `9:16@256`, `HEIGHTxWIDTH`, (height, width) or a side, where the model admits
             others than its own; by default that of the video's aspect.
-          seconds: of a clip, where the model admits others; for extend, what is added.
+          seconds: of a clip, where the model admits others; for extend, what is added; of a long
+            video, a minute by default.
           direction: of extend, "forward" or "backward".
           strength: of edit, the share of the process's time to start at; 0.6 by default.
+          scheme: of long, in which order frames come about: frame_prediction, autoregressive,
+            long_range, hierarchy2, hierarchy3 or adaptive (`walt_jax.tasks.plans`).
           seed: of the noise.
           guidance: strength of classifier-free guidance by class and text, or a schedule of it;
             given_guidance: by what is given.
