@@ -93,7 +93,7 @@ def run(made: dict[str, Any], timeout: int) -> dict[str, Any]:
     import nbclient
     import nbformat
 
-    node = nbformat.from_dict(made)
+    node = nbformat.reads(json.dumps(made), as_version=4)
     resources = {"metadata": {"path": str(FOLDER.parent)}}
     nbclient.NotebookClient(
         node, timeout=timeout, kernel_name="python3", record_timing=False, resources=resources
