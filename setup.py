@@ -41,11 +41,15 @@ EXTRAS_REQUIRE = {
     "data": ["apache-beam>=2.70", "onnxruntime>=1.20", "scenedetect-headless>=0.7"],
     # Brings opencv-python beside the headless one, which needs the system's libGL.
     "ocr": ["rapidocr-onnxruntime>=1.4; python_version < '3.13'"],
-    "text": ["tokenizers>=0.20"],
+    # T5 and CLIP from Hugging Face's folders and hub.
+    "text": ["huggingface_hub>=0.30", "sentencepiece>=0.2", "tokenizers>=0.20"],
     "eval": ["scikit-image>=0.24", "scipy>=1.11"],
+    # What `python -m colabs.build` makes and runs the notebooks with.
+    "colabs": ["ipykernel>=6.29", "nbclient>=0.10", "nbformat>=5.10"],
     "parity": [
         "torch==2.13.0",
         "torchvision==0.28.0",
+        "transformers>=4.50",
         # The TPU compiler, for what kernels cost; no TPU is needed.
         "jax[tpu]>=0.10; platform_system == 'Linux' and platform_machine == 'x86_64'",
     ],
@@ -55,6 +59,8 @@ EXTRAS_REQUIRE = {
         "hypothesis>=6.100",
         "ruff>=0.8",
         "scenedetect-headless>=0.7",
+        "sentencepiece>=0.2",
+        "tokenizers>=0.20",
     ],
 }
 

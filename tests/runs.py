@@ -64,7 +64,7 @@ def denoiser_run(tmp_path_factory, denoiser_values):
     workdir = tmp_path_factory.mktemp("runs") / "denoiser"
     experiment = config_lib.build(Experiment, denoiser_values)
     save_run(workdir, experiment, (2, 3))
-    keep_tokenizer(experiment.task.prepare(str(workdir)), workdir)
+    keep_tokenizer(experiment.task.prepare(str(workdir)).tokenizer, workdir)
     return workdir
 
 

@@ -99,7 +99,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "config") -> T:
     """Reads nested dicts into the dataclass `cls`, recursively; every key must be a field.
 
     A field annotated with a base class that has a `registry` (name -> dataclass) takes a dict whose
-    `name` chooses the class.
+    `name` chooses the class; without one it is the base class's `default_name`, if that has one.
 
     Raises:
       UserError: an unknown key (naming the nearest), a missing one, or a value of another type.
@@ -108,7 +108,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "config") -> T:
         raise UserError(f"{where} must be a group of keys, got {values!r}.")
     values, others, name = dict(values), {}, None
     if (registry := getattr(cls, "registry", None)) is not None:
-        name = values.pop("name", "")
+        name = values.pop("name", getattr(cls, "default_name", ""))
         name = "none" if name is None else name  # a literal such as --config.x.name=none
         if name not in registry:
             known = ", ".join(sorted(registry))

@@ -17,6 +17,7 @@ from walt_jax.errors import UserError
 from walt_jax.parallel.sharding import path_of
 from walt_jax.training import exports
 from walt_jax.training.checkpoints import Checkpoints
+from walt_jax.training.texts import FILE as TEXT_ENCODER
 from walt_jax.training.tokenizers import load_tokenizer
 
 PARTS = ("ema", "params")
@@ -86,7 +87,9 @@ def _export_folder(
     if denoises:
         parts, step = _parts(workdir, (part,), step)
         files[exports.DENOISER] = _bytes(exports.rounded(parts[part], dtype), {"part": part})
-        files[config_lib.DATASET] = (epath.Path(workdir) / config_lib.DATASET).read_bytes()
+        for name in (config_lib.DATASET, TEXT_ENCODER):
+            if (file := epath.Path(workdir) / name).exists():
+                files[name] = file.read_bytes()
     elif part != "ema":
         raise UserError("Of a tokenizer a folder holds the moving average: leave --part out.")
     else:

@@ -70,7 +70,7 @@ def predictor(tmp_path_factory, tokenizer_run, sprite_records):
     workdir = tmp_path_factory.mktemp("predictor") / "run"
     experiment = config_lib.build(Experiment, values)
     save_run(workdir, experiment, (1,))
-    keep_tokenizer(experiment.task.prepare(str(workdir)), workdir)
+    keep_tokenizer(experiment.task.prepare(str(workdir)).tokenizer, workdir)
     return Generator.load(workdir)
 
 

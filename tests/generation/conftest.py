@@ -1,5 +1,7 @@
 """A tiny model that takes text, given latents, images and other sizes; of random weights."""
 
+import copy
+
 import pytest
 from runs import save_run
 
@@ -13,7 +15,7 @@ from walt_jax.training.tokenizers import keep_tokenizer
 def given_run(tmp_path_factory, denoiser_values, sprite_records):
     """Its workdir: 9 frames of 32x32 at 4 fps, latents (3, 4, 4)."""
     values = config_lib.override(
-        dict(denoiser_values),
+        copy.deepcopy(denoiser_values),
         [
             "task.model.num_classes=0",
             "task.model.grid=(3, 4, 4)",
@@ -39,7 +41,7 @@ def given_run(tmp_path_factory, denoiser_values, sprite_records):
     workdir = tmp_path_factory.mktemp("given") / "run"
     experiment = config_lib.build(Experiment, values)
     save_run(workdir, experiment, (7,))
-    keep_tokenizer(experiment.task.prepare(str(workdir)), workdir)
+    keep_tokenizer(experiment.task.prepare(str(workdir)).tokenizer, workdir)
     return workdir
 
 

@@ -62,6 +62,9 @@ def test_text_to_video(fake):
     (call,) = calls
     assert call["prompts"] == ("a", "b", "a") and call["seed"] == 5 and call["given"] is None
     assert call["sampler"].num_steps == 7 and call["guidance"].scale == 2.0
+    assert call["negative_prompts"] is None
+    walt.sample(["a", "b"], negative_prompt="c", guidance=2.0)
+    assert calls[1]["negative_prompts"] == ("c", "c")
     assert walt.sample("a", size="4:2@40", seconds=4).shape == (1, 17, 32, 48, 3)
     assert walt.sample("a", fps=2).shape[1] == 5  # of every second frame
     assert walt.sample("a", task="text_to_image").shape == (1, 1, 32, 32, 3)

@@ -161,7 +161,7 @@ def test_videos_are_taken_at_the_models_rate_and_size(pictures, tmp_path, caplog
         video = read_source(tmp_path / "v.mp4", 4.0, (16, 16))
     assert video.shape == (13, 16, 16, 3)
     assert "8 fps, taken at 4: 13 frames" in caplog.text
-    assert "16x32 is scaled and cropped to 16x16" in caplog.text
+    assert "32x64 is scaled and cropped to 16x16" in caplog.text
     assert np.abs(video[4:8].astype(int) - video[4]).max() < 40 < np.abs(
         video[0].astype(int) - video[11]).max()  # fmt: skip
     single = read_source(frames[0], 4.0, (32, 32))

@@ -25,6 +25,7 @@ from walt_jax.models import Conditions, DenoiserConfig
 from walt_jax.models.text import ByteEncoderConfig, to_bytes
 from walt_jax.parallel import Layout
 from walt_jax.tasks import DenoiserTask, GivenConfig, Wanted, sample_keys
+from walt_jax.tasks.frozen import Frozen
 from walt_jax.tasks.given import draw_masks
 
 MODEL = DenoiserConfig(
@@ -74,7 +75,9 @@ def loss(task, batch=BATCH, params=None, key=3):
 
     @jax.jit
     def run(params, batch):
-        return task.loss(params, {}, Pixels(), batch, jax.random.key(key), STEP, Layout())[0]
+        return task.loss(params, {}, Frozen(Pixels()), batch, jax.random.key(key), STEP, Layout())[
+            0
+        ]
 
     value = run(params, batch)
     return value if isinstance(value, jax.core.Tracer) else float(value)
@@ -250,7 +253,7 @@ def test_images_join_with_their_share():
 
     @jax.jit
     def run(batch):
-        return task.loss(params, {}, Pixels(), batch, jax.random.key(3), STEP, Layout())
+        return task.loss(params, {}, Frozen(Pixels()), batch, jax.random.key(3), STEP, Layout())
 
     total, (metrics, _) = jax.device_get(run(joint))
     assert metrics["loss/videos"] == pytest.approx(loss(task), rel=1e-5)

@@ -1,32 +1,35 @@
 """Cached latents: a prepared dataset sent through a tokenizer once.
 
 A record holds a clip's normalised latents as float16 or, where the tokenizer has a codebook, its
-codes packed to `latent_channels` bits each; and the tokenizer's hash. `Pipeline` reads both.
+codes packed to `latent_channels` bits each; and the tokenizer's hash. With a text encoder it also
+holds its caption's embeddings and that encoder's hash. `Pipeline` reads all of these.
 """
 
 import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import tensorflow_datasets as tfds
 import tqdm
 
+from walt_jax.data.captions import EMBEDDINGS
 from walt_jax.data.parts import Parts
 from walt_jax.data.pipeline import DataConfig, HostBatch, Pipeline
 from walt_jax.data.records import Dataset, exact, open_dataset
 from walt_jax.errors import UserError
+from walt_jax.models.text import Embeddings, FrozenText, FrozenTextConfig
+from walt_jax.models.text.frozen import check_finite, half
 from walt_jax.models.tokenizer.frozen import FrozenTokenizer
 from walt_jax.models.tokenizer.quantizers import pack_codes
 from walt_jax.parallel import Layout, MeshConfig, make_mesh
-from walt_jax.parallel.sharding import batch_sharding, place, replicated
+from walt_jax.parallel.sharding import batch_sharding, frozen_shardings, place, replicated
 from walt_jax.progress import bar as progress_bar
 from walt_jax.tasks import to_unit
 
-_Encoded = tuple[int, HostBatch, jax.Array]  # number, batch, latents or codes
 _COMMON = {
     "num_frames": tfds.features.Scalar(np.int64),  # t, h and w of the latents
     "height": tfds.features.Scalar(np.int64),
@@ -43,6 +46,17 @@ LATENT_FEATURES = tfds.features.FeaturesDict(
 CODE_FEATURES = tfds.features.FeaturesDict(
     {"codes": exact(np.uint8, None), **_COMMON}  # (t, h, w) by `pack_codes`
 )
+TEXT_FEATURES = {
+    EMBEDDINGS: exact(np.float16, None, None),  # (tokens, width), none of padding
+    "text_hash": tfds.features.Text(),
+}
+
+
+class _Encoded(NamedTuple):
+    number: int
+    batch: HostBatch
+    latents: jax.Array  # or codes
+    text: Embeddings | None
 
 
 def encode_dataset(
@@ -50,6 +64,7 @@ def encode_dataset(
     data: DataConfig,
     output: str | Path,
     *,
+    text: FrozenTextConfig | None = None,
     epochs: int = 1,
     batch_size: int = 8,
     seed: int = 0,
@@ -68,6 +83,8 @@ def encode_dataset(
       tokenizer: encodes; its hash goes into the dataset and every record.
       data: the prepared videos and how clips are cut from them.
       output: the folder to write, the same for all processes.
+      text: an encoder whose embeddings of the captions go into the records with its hash; captions
+        that are too long are cut.
       epochs: passes over the videos; each cuts its clips at other times.
       batch_size: clips encoded together.
       seed: of the clips' times.
@@ -105,19 +122,25 @@ def encode_dataset(
         "seed": seed,
         "batches_per_shard": batches_per_shard,
     }
+    encoder = None if text is None else FrozenText.open(text)
+    if encoder is not None:
+        settings["text"] = {"hash": encoder.hash, "max_tokens": text.max_tokens}
     if data.buckets is not None:
         settings["buckets"] = dataclasses.asdict(data.buckets)
     batches = range(epochs * pipeline.batches_per_epoch)
     shards = [batches[k : k + batches_per_shard] for k in batches[::batches_per_shard]]
     features = CODE_FEATURES if discrete else LATENT_FEATURES
+    if encoder is not None:
+        features = tfds.features.FeaturesDict({**features, **TEXT_FEATURES})
     process = process or (jax.process_index(), jax.process_count())
 
     def clips(numbers: Iterable[int]) -> int:
         return sum(len(_new_rows(pipeline.plan(k)[1])) for i in numbers for k in shards[i])
 
     def examples(encoded: Iterable[_Encoded], bar: tqdm.tqdm) -> Iterator[dict[str, Any]]:
-        for k, batch, latents in encoded:
+        for k, batch, latents, said in encoded:
             records, latents = pipeline.plan(k)[1], np.asarray(latents)
+            said = None if said is None else jax.device_get(said)
             t, h, w = latents.shape[1:4]
             for row in _new_rows(records):
                 latent = latents[row]
@@ -126,6 +149,10 @@ def encode_dataset(
                     if discrete
                     else {"latents": latent}
                 )
+                if said is not None:
+                    tokens = said.tokens[row][said.mask[row]]
+                    check_finite(tokens, text.path)
+                    content |= {EMBEDDINGS: tokens, "text_hash": encoder.hash}
                 yield content | {
                     "num_frames": t,
                     "height": h,
@@ -147,19 +174,22 @@ def encode_dataset(
         with progress_bar(
             total=total, initial=done, what="encode", unit="clip", disable=quiet
         ) as bar:
-            encoded = _encode(
-                tokenizer, pipeline, [k for i in missing for k in shards[i]], discrete
-            )
-            for shard, results in itertools.groupby(encoded, lambda r: r[0] // batches_per_shard):
+            numbers = [k for i in missing for k in shards[i]]
+            encoded = _encode(tokenizer, encoder, pipeline, numbers, discrete)
+            for shard, results in itertools.groupby(
+                encoded, lambda r: r.number // batches_per_shard
+            ):
                 parts.write(shard, examples(results, bar))
         return parts.finish(
             name="latents",
             description=f"Latents of {dataset.directory.name} by tokenizer {tokenizer.hash}.",
-            metadata=_metadata(tokenizer, dataset, discrete),
+            metadata=_metadata(tokenizer, encoder, dataset, discrete),
         )
 
 
-def _metadata(tokenizer: FrozenTokenizer, videos: Dataset, discrete: bool) -> dict[str, Any]:
+def _metadata(
+    tokenizer: FrozenTokenizer, encoder: FrozenText | None, videos: Dataset, discrete: bool
+) -> dict[str, Any]:
     metadata = {
         "kind": "latents",
         "tokenizer_hash": tokenizer.hash,
@@ -171,6 +201,13 @@ def _metadata(tokenizer: FrozenTokenizer, videos: Dataset, discrete: bool) -> di
     if discrete:  # what makes latents of codes
         moments = {"mean": tokenizer.mean, "std": tokenizer.std}
         metadata["codes"] = {name: np.asarray(x).tolist() for name, x in moments.items()}
+    if encoder is not None:
+        text = encoder.config
+        metadata["text"] = {
+            "hash": encoder.hash,
+            "width": text.width,
+            "max_tokens": text.max_tokens,
+        }
     return metadata
 
 
@@ -184,19 +221,30 @@ def _new_rows(records: np.ndarray) -> np.ndarray:
 
 
 def _encode(
-    tokenizer: FrozenTokenizer, pipeline: Pipeline, numbers: Sequence[int], discrete: bool
+    tokenizer: FrozenTokenizer,
+    encoder: FrozenText | None,
+    pipeline: Pipeline,
+    numbers: Sequence[int],
+    discrete: bool,
 ) -> Iterator[_Encoded]:
-    """The batches of these numbers, with float16 latents or int32 codes.
+    """The batches of these numbers, with float16 latents or int32 codes, and their captions read.
 
-    A batch lies over the devices of this process, filled up to a multiple of them.
+    A batch lies over the devices of this process, filled up to a multiple of them; so do the
+    weights of a text encoder, which may be large.
     """
-    mesh = make_mesh(MeshConfig(), jax.local_devices())
+    mesh = make_mesh(MeshConfig(data=1, fsdp=-1), jax.local_devices())
     weights = place(tokenizer, jax.tree.map(lambda _: replicated(mesh), tokenizer))
+    texts = {"text": encoder}
+    texts = place(texts, frozen_shardings(texts, mesh))
 
     @jax.jit
     def encode(weights: FrozenTokenizer, video: jax.Array) -> jax.Array:
         x, layout = to_unit(video), Layout(mesh)
         return weights.codes(x, layout) if discrete else weights.encode(x, layout).astype("float16")
+
+    @jax.jit
+    def read(encoder: FrozenText, tokens: jax.Array) -> Embeddings:
+        return half(encoder(tokens, Layout(mesh)))
 
     def started() -> Iterator[_Encoded]:
         batches, following = iter(()), None
@@ -204,10 +252,14 @@ def _encode(
             if k != following:
                 batches = pipeline.batches(k)
             batch, following = next(batches), k + 1
-            video = batch.pop("video")
+            video, said = batch.pop("video"), None
             rows = np.arange(-(-len(video) // mesh.size) * mesh.size)
-            video = place(video[np.minimum(rows, len(video) - 1)], batch_sharding(mesh))
-            yield k, batch, encode(weights, video)
+            rows = np.minimum(rows, len(video) - 1)
+            if encoder is not None:
+                tokens = encoder.config.tokenize([str(c) for c in batch["caption"]], cut=True)
+                said = read(texts["text"], place(tokens[rows], batch_sharding(mesh)))
+            latents = encode(weights, place(video[rows], batch_sharding(mesh)))
+            yield _Encoded(k, batch, latents, said)
 
     # In pairs, so that the devices have the next batch while this one is written.
     for result, _ in itertools.pairwise(itertools.chain(started(), [None])):

@@ -111,7 +111,7 @@ def open_mixture(path: str | Path, features: Iterable[str] = ()) -> Mixture:
     if not weights or min(weights.values()) <= 0:
         raise UserError(f"{path} must name datasets with weights above 0: correct it.")
     datasets = [open_dataset(path.parent / name, features) for name in weights]
-    for key in ("kind", "tokenizer_hash", "dtype", "latent_channels", "codes"):
+    for key in ("kind", "tokenizer_hash", "dtype", "latent_channels", "codes", "text"):
         values = [d.metadata.get(key) for d in datasets]
         other = next((i for i, v in enumerate(values) if v != values[0]), None)
         if other is not None:

@@ -22,13 +22,14 @@ from jax.sharding import NamedSharding
 from walt_jax.data import buckets
 from walt_jax.data.assignment import assign_records, refuse_empty, sides_of, why_none_fits
 from walt_jax.data.buckets import BucketsConfig
+from walt_jax.data.captions import Captions
 from walt_jax.data.feeding import HostBatch, Share, on_devices, stacked
 from walt_jax.data.packing import PackingConfig, PackPlan, fill_row
 from walt_jax.data.plan import BatchPlan
 from walt_jax.data.records import Dataset, decode_frames
 from walt_jax.data.replacement import BrokenRecords, Replacing
 from walt_jax.errors import UserError
-from walt_jax.models.text import to_bytes
+from walt_jax.models.text import FrozenTextConfig
 from walt_jax.models.tokenizer.quantizers import Lfq, unpack_codes
 from walt_jax.parallel.sharding import local_rows
 
@@ -49,7 +50,7 @@ class DataConfig:
       sizes: (height, width) of the buckets; a video goes to the one of nearest aspect.
       buckets: a table of buckets by resolution and length, instead of `num_frames` and `sizes`.
       packing: cached latents of any size share the rows of a batch, instead of buckets.
-      caption_bytes: a caption's bytes that a batch holds, for what reads text; longer ones are cut.
+      caption_bytes: bytes of a caption in a batch, for what reads bytes; longer ones are cut.
       eval_fraction: share of the source videos held out, at least one; chosen by their names.
       max_broken: share of the split's records that may turn out to be broken; each is replaced by
         another one, and with more of them the run stops.
@@ -119,9 +120,14 @@ class _CutClip:
     """Decodes one clip of a video record: random start, target fps, bucket's size."""
 
     def __init__(
-        self, dataset: Dataset, config: DataConfig, shapes: Sequence[tuple[int, int, int]]
+        self,
+        dataset: Dataset,
+        config: DataConfig,
+        shapes: Sequence[tuple[int, int, int]],
+        captions: Captions,
     ) -> None:
         self._dataset, self._config, self._shapes = dataset, config, shapes
+        self._captions = captions
 
     def __call__(self, row: _Row) -> dict[str, Any]:
         record = self._dataset.read(row.record)
@@ -133,15 +139,15 @@ class _CutClip:
             "video": video,
             "label": np.int32(record["label"]),
             "fps": np.float32(config.fps or record["fps"]),
-            **_caption(record, config),
+            **self._captions.read(record),
         }
 
 
 class _ReadLatents:
     """Reads one record of cached latents; where they are discrete, their codes too."""
 
-    def __init__(self, dataset: Dataset, config: DataConfig) -> None:
-        self._dataset, self._config = dataset, config
+    def __init__(self, dataset: Dataset, captions: Captions) -> None:
+        self._dataset, self._captions = dataset, captions
 
     def __call__(self, row: _Row) -> dict[str, Any]:
         record, metadata = self._dataset.read(row.record), self._dataset.metadata
@@ -155,15 +161,15 @@ class _ReadLatents:
             **_latents(record, metadata),
             "label": np.int32(record["label"]),
             "fps": np.float32(record["fps"]),
-            **_caption(record, self._config),
+            **self._captions.read(record),
         }
 
 
 class _PackRow:
     """Reads the videos of a packed row; captions are left out, their bytes are not."""
 
-    def __init__(self, dataset: Dataset, config: DataConfig, seed: int) -> None:
-        self._read, self._config, self._seed = _ReadLatents(dataset, config), config, seed
+    def __init__(self, read: _ReadLatents, config: DataConfig, seed: int) -> None:
+        self._read, self._config, self._seed = read, config, seed
 
     def __call__(self, row: _Row) -> HostBatch:
         def read(record: int) -> dict[str, Any]:
@@ -171,11 +177,6 @@ class _PackRow:
             return {k: v for k, v in clip.items() if k not in ("caption", "codes")}
 
         return fill_row(row.record, read, self._config.packing, self._seed)
-
-
-def _caption(record: dict[str, Any], config: DataConfig) -> dict[str, Any]:
-    caption, length = record["caption"], config.caption_bytes
-    return {"caption": caption} | ({"text": to_bytes(caption, length)} if length else {})
 
 
 def _latents(record: dict[str, Any], metadata: dict[str, Any]) -> HostBatch:
@@ -229,9 +230,12 @@ class Pipeline:
         seed: int,
         split: Literal["train", "eval", "all"] = "train",
         shuffle: bool = True,
+        text_encoder: FrozenTextConfig | None = None,
     ) -> None:
+        """`text_encoder` is the published one that reads captions, where there is one."""
         self.dataset, self.config, self._batch_size, self._seed = dataset, config, batch_size, seed
         self.cached = dataset.metadata.get("kind") == "latents"
+        self._captions = Captions.of(dataset, config.caption_bytes, text_encoder)
         assign = functools.partial(
             assign_records, dataset, config, batch_size=batch_size, seed=seed, shuffle=shuffle
         )
@@ -308,9 +312,7 @@ class Pipeline:
     def _arrays(self, bucket: int) -> dict[str, jax.ShapeDtypeStruct]:
         b, shape = self.assignment.batch_sizes[bucket], self.assignment.shapes[bucket]
         metadata, packing = self.dataset.metadata, self.config.packing
-        arrays = {"label": ((), np.int32), "fps": ((), np.float32)}
-        if length := self.config.caption_bytes:
-            arrays["text"] = ((length,), np.uint8)
+        arrays = {"label": ((), np.int32), "fps": ((), np.float32)} | self._captions.arrays()
         if packing is not None:
             arrays = {n: ((packing.videos, *s), dtype) for n, (s, dtype) in arrays.items()}
             arrays |= packing.arrays(metadata["latent_channels"], metadata["dtype"])
@@ -332,11 +334,12 @@ class Pipeline:
 
     def _read(self, start: int, share: Share) -> Iterator[HostBatch]:
         if self.config.packing is not None:
-            cut = _PackRow(self.dataset, self.config, self._seed)
+            read = _ReadLatents(self.dataset, self._captions)
+            cut = _PackRow(read, self.config, self._seed)
         elif self.cached:
-            cut = _ReadLatents(self.dataset, self.config)
+            cut = _ReadLatents(self.dataset, self._captions)
         else:
-            cut = _CutClip(self.dataset, self.config, self.assignment.shapes)
+            cut = _CutClip(self.dataset, self.config, self.assignment.shapes, self._captions)
         source = grain.MapDataset.source(_Rows(self.plan, share, self._seed))
         clips = source.slice(slice(share.rows(self.plan.first_row(start)), None)).map(
             Replacing(cut, self.plan)

@@ -95,7 +95,19 @@ class Inline:
         task, data = self._experiment.task, self._experiment.data
         if isinstance(task, DenoiserTask):
             names, fps = tuple(self._about["label_names"]), self._about["fps"]
-            return Generator(task, state.ema, self._frozen, names, fps, step, "ema", self._mesh)
+            frozen = self._frozen
+            return Generator(
+                task,
+                state.ema,
+                frozen.tokenizer,
+                names,
+                fps,
+                step,
+                "ema",
+                self._mesh,
+                frozen.text,
+                frozen.text_hash,
+            )
         names = network(task.model).shapes()  # no discriminator
         params, extra = _on_host(({n: state.ema[n] for n in names}, state.extra))
         tokenizer = FrozenTokenizer.create(

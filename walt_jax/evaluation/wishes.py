@@ -12,6 +12,7 @@ from walt_jax.evaluation.scores import Record
 from walt_jax.generation import Generator
 from walt_jax.generation.sources import read_prompts
 from walt_jax.tasks import Wanted
+from walt_jax.tasks.captions import Text
 
 _LABELS, _ORDER = 7, 8  # tags of the random draws of classes, and of the clips that are continued
 
@@ -40,13 +41,13 @@ class Wishes:
                 "folder by `evaluate fvd`."
             )
         self._generator, self._protocol, self._real = generator, protocol, real
-        self._seed, self.labels, self._texts = sampling.seed, None, None
+        self._seed, self.labels, self._texts = sampling.seed, None, ()
         self.record: Record = {}
         if classes := task.model.num_classes:
             self.labels = self._draw_labels(classes, total)
         if task.text is not None:
-            prompts = self._prompts(sampling.prompts)
-            self._texts = generator.texts(prompts)
+            self._texts = prompts = self._prompts(sampling.prompts)
+            task.text.tokenize(prompts)  # refuses a long one
             digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16]
             self.record["prompts"] = {"count": len(prompts), "sha256": digest}
         if protocol.given_frames:
@@ -69,10 +70,14 @@ class Wishes:
             given, mask = self._first_frames(numbers)
         return Wanted(
             label=None if self.labels is None else self.labels[numbers],
-            text=None if self._texts is None else self._texts[numbers % len(self._texts)],
+            text=self._said(numbers) if self._texts else None,
             given=given,
             given_mask=mask,
         )
+
+    def _said(self, numbers: np.ndarray) -> Text:
+        """A batch at a time: embeddings of all would be large."""
+        return self._generator.texts([self._texts[n % len(self._texts)] for n in numbers])
 
     def _draw_labels(self, classes: int, total: int) -> np.ndarray:
         if self._protocol.labels == "even":

@@ -17,16 +17,18 @@ from walt_jax.diffusion import Ddim, Sampler, Scale
 from walt_jax.errors import UserError
 from walt_jax.generation import programs
 from walt_jax.generation.sizes import Sizes
-from walt_jax.models.text import to_bytes
+from walt_jax.models.text import FrozenText
 from walt_jax.models.tokenizer.frozen import FrozenTokenizer
 from walt_jax.parallel import MeshConfig, make_mesh, state_shardings
-from walt_jax.parallel.sharding import batch_sharding, place, replicated
+from walt_jax.parallel.sharding import batch_sharding, frozen_shardings, place, replicated
 from walt_jax.progress import bar as progress_bar
 from walt_jax.tasks import DenoiserTask, Task, Wanted, to_uint8
+from walt_jax.tasks.captions import Text
 from walt_jax.tasks.denoiser import NONE
 from walt_jax.tasks.given import Grid
 from walt_jax.training import exports
 from walt_jax.training.checkpoints import Checkpoints
+from walt_jax.training.texts import kept_hash, open_text
 from walt_jax.training.tokenizers import load_tokenizer
 
 PyTree = Any
@@ -44,6 +46,9 @@ class Generator:
       step: the checkpoint's.
       weights: which of the checkpoint's `params` are, the moving average or the raw ones.
       mesh: the devices that sample; None for all.
+      text: the published encoder that reads prompts, where it is at hand; otherwise it is loaded
+        when the first one comes.
+      text_hash: which encoder the denoiser was trained with; empty for any.
       images: whether single frames were trained on too.
     """
 
@@ -55,6 +60,8 @@ class Generator:
     step: int
     weights: Weights = "ema"
     mesh: Mesh | None = None
+    text: FrozenText | None = None
+    text_hash: str = ""
     images: bool = False
 
     @classmethod
@@ -101,12 +108,13 @@ class Generator:
             step,
             weights,
             mesh,
-            _has_images(values),
+            text_hash=kept_hash(workdir),
+            images=_has_images(values),
         )
 
     def placed(self) -> "Generator":
         """The same with its weights on its mesh, where they stay from one call to the next."""
-        mesh = self.mesh or make_mesh(MeshConfig())
+        mesh = self._devices
         with jax.set_mesh(mesh):
             everywhere = jax.tree.map(lambda _: replicated(mesh), self.tokenizer)
             tokenizer = programs.placed(self.tokenizer, everywhere)
@@ -162,28 +170,32 @@ class Generator:
         """A class's name."""
         return self.label_names[label] if label < len(self.label_names) else str(label)
 
-    def texts(self, prompts: Sequence[str]) -> np.ndarray:
-        """Prompts as bytes, uint8 (N, M).
+    def texts(self, prompts: Sequence[str]) -> Text:
+        """N prompts as `Wanted` takes them: bytes, or a published encoder's embeddings.
 
         Raises:
-          UserError: the model reads no text, or a prompt is too long.
+          UserError: the model reads no text, a prompt is too long, or the encoder cannot be had.
         """
         if self.task.text is None:
             raise UserError("This model reads no text: leave the prompts out.")
-        longest = self.task.text.max_bytes
-        for prompt in prompts:
-            if len(prompt.encode()) > longest:
-                raise UserError(
-                    f"The prompt {prompt[:40]!r}... has {len(prompt.encode())} bytes, this model "
-                    f"reads {longest}: make it shorter."
-                )
-        return np.stack([to_bytes(prompt, longest) for prompt in prompts])
+        tokens = self.task.text.tokenize(prompts)
+        return tokens if self.task.text.trained else self._encoder.embed(tokens, self._devices)
+
+    @functools.cached_property
+    def _encoder(self) -> FrozenText:
+        text = self.text or open_text(self.task.text, self.text_hash)
+        return programs.placed(text, frozen_shardings({"text": text}, self._devices)["text"])
+
+    @functools.cached_property
+    def _devices(self) -> Mesh:
+        return self.mesh or make_mesh(MeshConfig())
 
     def sample(
         self,
         labels: np.ndarray | None = None,
         *,
         prompts: Sequence[str] | None = None,
+        negative_prompts: Sequence[str] | None = None,
         given: np.ndarray | None = None,
         given_mask: np.ndarray | None = None,
         low: np.ndarray | None = None,
@@ -206,6 +218,7 @@ class Generator:
         Args:
           labels: int32 (N,), classes, where the model has some; `num_classes` for no class.
           prompts: N texts, where the model reads text; "" for none.
+          negative_prompts: N texts that guidance leads away from, likewise.
           given: float32 (N, T, H, W, C), clean latents, where the model takes such; given_mask:
             bool (N, T, H, W), which of them.
           low: float32 (N, T, h, w, C), low-resolution latents, where the model takes such.
@@ -232,6 +245,7 @@ class Generator:
         wanted = Wanted(
             label=labels,
             text=None if prompts is None else self.texts(prompts),
+            negative=None if negative_prompts is None else self.texts(negative_prompts),
             given=given,
             given_mask=given_mask,
             low=low,
@@ -251,7 +265,7 @@ class Generator:
                 f"The labels go from {np.min(labels)} to {np.max(labels)}, but this model has "
                 f"classes 0 to {classes - 1}, and {classes} for none."
             )
-        mesh = self.mesh or make_mesh(MeshConfig())
+        mesh = self._devices
         shards = programs.shards(mesh)
         bar = progress_bar(total=total, what="sample", unit="video", disable=not progress)
         videos = []

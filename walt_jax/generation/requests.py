@@ -112,11 +112,10 @@ class Request:
         seed = self.seed
         if stage:
             seed = int(np.random.SeedSequence((self.seed, stage)).generate_state(1)[0])
-        negative = {} if self.negative_prompts is None else {"negative": self.negative_prompts}
         return self.generator.sample(
             self.labels,
             prompts=self.prompts,
-            **negative,
+            negative_prompts=self.negative_prompts,
             given=given,
             given_mask=mask,
             start=start,

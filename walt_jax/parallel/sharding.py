@@ -63,6 +63,15 @@ def state_shardings(state: PyTree, mesh: Mesh) -> PyTree:
     return jax.tree_util.tree_map_with_path(one, state)
 
 
+def frozen_shardings(frozen: PyTree, mesh: Mesh) -> PyTree:
+    """Of what stays fixed in training: a text encoder's weights by RULES, all else everywhere."""
+    ruled = state_shardings(frozen, mesh)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, sharding: sharding if path_of(path).startswith("text/") else replicated(mesh),
+        ruled,
+    )
+
+
 def describe(shardings: PyTree, shapes: PyTree) -> list[str]:
     """One line a parameter: path, shape, spec; for the log."""
     rows = jax.tree_util.tree_leaves_with_path(shardings)

@@ -9,14 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from walt_jax.data.captions import Captions
 from walt_jax.data.joint import IMAGES
 from walt_jax.data.pipeline import DataConfig
 from walt_jax.errors import UserError
+from walt_jax.models.text import Embeddings, TextConfig
 from walt_jax.models.tokenizer.frozen import FrozenTokenizer
 from walt_jax.parallel import Layout, state_shardings
 from walt_jax.parallel.sharding import batch_sharding, lying, replicated
 from walt_jax.tasks import DenoiserTask, Wanted
 from walt_jax.tasks.base import to_unit
+from walt_jax.tasks.captions import Text
 from walt_jax.training.experiment import Experiment
 from walt_jax.training.flops import forward_flops
 from walt_jax.training.program import Program
@@ -86,12 +89,14 @@ def batches(experiment: Experiment) -> Iterator[tuple[str, Shapes]]:
 def _clips(experiment: Experiment, data: DataConfig, size: int) -> Iterator[tuple[str, Shapes]]:
     task = experiment.task
     cached = isinstance(task, DenoiserTask) and task.model.upsampling is None
+    # As latents are cached, embeddings of their captions are.
+    captions = Captions(data.caption_bytes, task.text_encoder, "cached" if cached else "")
     if data.packing is not None:
         packing = data.packing
         arrays = packing.arrays(task.model.latent_channels, "bfloat16")
         arrays = {n: jax.ShapeDtypeStruct((size, *s), dtype) for n, (s, dtype) in arrays.items()}
         name = f"{size} rows of {packing.blocks} x {'x'.join(map(str, packing.block))}"
-        yield name, _common(data, size, packing.videos) | arrays
+        yield name, _common(captions, size, packing.videos) | arrays
         return
     if data.buckets is not None:
         for shape, clips in sorted(data.buckets.batches(size, latents=cached).items()):
@@ -102,9 +107,9 @@ def _clips(experiment: Experiment, data: DataConfig, size: int) -> Iterator[tupl
             )
             arrays = {name: jax.ShapeDtypeStruct((clips, *shape, channels), dtype)}
             name = f"{clips} x {kind}{'x'.join(map(str, shape))}"
-            yield name, _common(data, clips) | arrays
+            yield name, _common(captions, clips) | arrays
         return
-    common = _common(data, size)
+    common = _common(captions, size)
     if cached:
         frames = 1 if data is experiment.images else task.model.grid[0]
         shape = (size, frames, *task.model.grid[1:], task.model.latent_channels)
@@ -117,22 +122,17 @@ def _clips(experiment: Experiment, data: DataConfig, size: int) -> Iterator[tupl
         yield f"{size} x {'x'.join(map(str, shape[1:4]))}", common | {"video": video}
 
 
-def _common(data: DataConfig, *lead: int) -> Shapes:
+def _common(captions: Captions, *lead: int) -> Shapes:
     """What a batch holds beside the clips themselves."""
-    common = {
-        "label": jax.ShapeDtypeStruct(lead, jnp.int32),
-        "fps": jax.ShapeDtypeStruct(lead, jnp.float32),
-    }
-    if data.caption_bytes:
-        common["text"] = jax.ShapeDtypeStruct((*lead, data.caption_bytes), jnp.uint8)
-    return common
+    arrays = {"label": ((), np.int32), "fps": ((), np.float32)} | captions.arrays()
+    return {n: jax.ShapeDtypeStruct((*lead, *s), dtype) for n, (s, dtype) in arrays.items()}
 
 
 def _sampling(task: DenoiserTask, mesh: Mesh, clips: int) -> Step:
     """As `walt_jax.sample` compiles it: all steps of the sampler, and decoding."""
     model, layout = task.model, Layout(mesh)
     params = jax.eval_shape(task.init, jax.random.key(0))
-    tokenizer = task.stand_in()
+    tokenizer = task.stand_in().tokenizer
     given = None
     if model.given != "none":
         given = jax.ShapeDtypeStruct((clips, *model.grid, model.latent_channels), jnp.float32)
@@ -142,7 +142,7 @@ def _sampling(task: DenoiserTask, mesh: Mesh, clips: int) -> Step:
         low = jax.ShapeDtypeStruct((clips, t, h, w, model.latent_channels), jnp.float32)
     wanted = Wanted(
         label=jax.ShapeDtypeStruct((clips,), jnp.int32) if model.num_classes else None,
-        text=jax.ShapeDtypeStruct((clips, task.text.max_bytes), jnp.uint8) if task.text else None,
+        text=_prompts(task.text, clips),
         given=given,
         given_mask=None if given is None else jax.ShapeDtypeStruct(given.shape[:-1], jnp.bool_),
         low=low,
@@ -168,6 +168,18 @@ def _sampling(task: DenoiserTask, mesh: Mesh, clips: int) -> Step:
         lambda: jax.jit(lambda *inputs: run(task, layout, *inputs)).lower(
             *jax.tree.map(lying, inputs, shardings)
         ),
+    )
+
+
+def _prompts(text: TextConfig | None, clips: int) -> Text | None:
+    if text is None:
+        return None
+    if text.trained:
+        return jax.ShapeDtypeStruct((clips, text.max_bytes), jnp.uint8)
+    shape = (clips, text.max_tokens)
+    return Embeddings(
+        jax.ShapeDtypeStruct((*shape, text.width), jnp.float16),
+        jax.ShapeDtypeStruct(shape, jnp.bool_),
     )
 
 

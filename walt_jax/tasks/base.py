@@ -9,6 +9,7 @@ import numpy as np
 from walt_jax.data.joint import IMAGES
 from walt_jax.data.records import Dataset
 from walt_jax.models import Network
+from walt_jax.models.text import FrozenTextConfig
 from walt_jax.parallel import Layout
 
 PyTree = Any
@@ -45,6 +46,11 @@ class Task(abc.ABC):
           UserError: the other run does not fit.
         """
         return {}
+
+    @property
+    def text_encoder(self) -> FrozenTextConfig | None:
+        """The published encoder that reads captions, where there is one."""
+        return None
 
     @property
     def starts(self) -> dict[str, int]:

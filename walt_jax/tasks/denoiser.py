@@ -11,10 +11,10 @@ from walt_jax.diffusion import Constant, Ddim, Diffusion, Sampler, Scale, guide,
 from walt_jax.errors import UserError
 from walt_jax.models import Conditions, Denoiser, DenoiserConfig, Network
 from walt_jax.models.named import tokenizer_like
-from walt_jax.models.text import ByteEncoder, ByteEncoderConfig
+from walt_jax.models.text import ByteEncoder, FrozenText, FrozenTextConfig, TextConfig
 from walt_jax.models.tokenizer.frozen import FrozenTokenizer
 from walt_jax.parallel import Layout
-from walt_jax.tasks import packed
+from walt_jax.tasks import captions, packed
 from walt_jax.tasks.base import (
     Batch,
     Metrics,
@@ -28,9 +28,11 @@ from walt_jax.tasks.base import (
     uniform,
 )
 from walt_jax.tasks.frames import FramesConfig, pick_frames
+from walt_jax.tasks.frozen import Frozen, check_dataset
 from walt_jax.tasks.given import GivenConfig, Grid, draw_masks
 from walt_jax.tasks.wanted import Wanted
 from walt_jax.training.denoisers import TEXT, start_from, without_text
+from walt_jax.training.texts import find_text, keep_text
 from walt_jax.training.tokenizers import find_tokenizer, keep_tokenizer
 
 NONE = Constant(1.0)
@@ -51,7 +53,8 @@ class DenoiserTask(Task, name="denoiser"):
       self_conditioning: p_sc, the share of clips that are told an estimate of x_0, made by the
         network itself in a first call; where the model takes one.
       class_dropout: share of clips trained without their class, for classifier-free guidance.
-      text: a text encoder trained jointly, where the model reads text.
+      text: the text encoder, where the model reads text: over bytes, trained jointly, or a
+        published one.
       text_dropout: share of clips trained without their caption, likewise.
       given: which latents training gives, where the model takes given ones. They count in no loss.
       frames: which of a long clip's latent frames, and which of them given, where the model is told
@@ -67,7 +70,7 @@ class DenoiserTask(Task, name="denoiser"):
     diffusion: Diffusion = Diffusion()
     self_conditioning: float = 0.9
     class_dropout: float = 0.1
-    text: ByteEncoderConfig | None = None
+    text: TextConfig | None = None
     text_dropout: float = 0.1
     given: GivenConfig = GivenConfig()
     frames: FramesConfig = FramesConfig()
@@ -118,12 +121,16 @@ class DenoiserTask(Task, name="denoiser"):
 
     @functools.cached_property
     def text_network(self) -> Network[ByteEncoder]:
-        """Structure of the text encoder; only where `text` is set."""
+        """Structure of the text encoder; only where one is trained."""
         return Network.of(lambda rngs: ByteEncoder(self.text, rngs=rngs))
+
+    @property
+    def text_encoder(self) -> FrozenTextConfig | None:
+        return None if self.text is None or self.text.trained else self.text
 
     def init(self, key: jax.Array) -> PyTree:
         params = self.network.init(key)
-        if self.text is not None:
+        if self.text is not None and self.text.trained:
             params[TEXT] = self.text_network.init(jax.random.fold_in(key, 1))
         return params
 
@@ -132,7 +139,7 @@ class DenoiserTask(Task, name="denoiser"):
             return {}
         return start_from(self.init_from, self.model, self.network, self.text)
 
-    def prepare(self, workdir: str, *datasets: Dataset) -> FrozenTokenizer:
+    def prepare(self, workdir: str, *datasets: Dataset) -> Frozen:
         tokenizer = find_tokenizer(self.tokenizer, workdir)
         if self.model.latent_channels != tokenizer.config.latent_channels:
             raise UserError(
@@ -140,36 +147,25 @@ class DenoiserTask(Task, name="denoiser"):
                 f"tokenizer in {self.tokenizer} has {tokenizer.config.latent_channels}."
             )
         for dataset in datasets:
-            self._check(dataset, tokenizer)
-        return tokenizer
+            check_dataset(dataset, tokenizer, self.tokenizer, self.model)
+        if self.text_encoder is None:
+            return Frozen(tokenizer)
+        return Frozen(tokenizer, *find_text(self.text, workdir, datasets))
 
-    def stand_in(self) -> FrozenTokenizer:
-        """Of W.A.L.T's tokenizer: which one a run has is known where its folder is."""
+    def stand_in(self) -> Frozen:
+        """Of W.A.L.T's tokenizer: which one a run has is known where its folder is.
+
+        A run on cached latents has its text cached too.
+        """
         channels, images = self.model.latent_channels, self.model.grid[0] == 1
-        return FrozenTokenizer.abstract(tokenizer_like(channels, images=images))
+        tokenizer = FrozenTokenizer.abstract(tokenizer_like(channels, images=images))
+        runs = self.text_encoder is not None and self.model.upsampling is not None
+        return Frozen(tokenizer, FrozenText.abstract(self.text) if runs else None)
 
-    def keep(self, frozen: FrozenTokenizer, workdir: str) -> None:
-        keep_tokenizer(frozen, workdir)
-
-    def _check(self, dataset: Dataset, tokenizer: FrozenTokenizer) -> None:
-        cached = dataset.metadata.get("tokenizer_hash")
-        if cached not in (None, tokenizer.hash):
-            raise UserError(
-                f"The latents in {dataset.directory} were made by tokenizer {cached}, but "
-                f"{self.tokenizer} is {tokenizer.hash}: encode the videos again with it."
-            )
-        if cached is not None and self.model.upsampling is not None:
-            raise UserError(
-                f"{dataset.directory} holds latents, but super-resolution makes the low-resolution "
-                "ones of the pixels: give the prepared videos as config.data.path."
-            )
-        labels, classes = dataset.index["label"], self.model.num_classes
-        if classes and not 0 <= labels.min() <= labels.max() < classes:
-            raise UserError(
-                f"{dataset.directory} has labels {labels.min()} to {labels.max()}, but "
-                f"config.task.model.num_classes={classes} takes 0 to {classes - 1}: prepare it "
-                "with --label-from-folder or --label-from-name, or change num_classes."
-            )
+    def keep(self, frozen: Frozen, workdir: str) -> None:
+        keep_tokenizer(frozen.tokenizer, workdir)
+        if self.text_encoder is not None:
+            keep_text(self.text, frozen.text_hash, workdir)
 
     def plain(self) -> "DenoiserTask":
         return dataclasses.replace(
@@ -180,14 +176,14 @@ class DenoiserTask(Task, name="denoiser"):
         self,
         params: PyTree,
         extra: PyTree,
-        frozen: FrozenTokenizer,
+        frozen: Frozen,
         batch: Batch,
         key: jax.Array,
         step: jax.Array,
         layout: Layout,
     ) -> tuple[jax.Array, tuple[Metrics, PyTree]]:
         if packed.is_packed(batch):
-            loss, metrics = packed.loss(self, params, batch, key, layout)
+            loss, metrics = packed.loss(self, params, frozen, batch, key, layout)
             return loss, (metrics, extra)
         loss, metrics = self._losses(params, frozen, batch, key, layout).mean(), {}
         if images := images_of(batch):
@@ -199,7 +195,7 @@ class DenoiserTask(Task, name="denoiser"):
         return loss, (metrics, extra)
 
     def _losses(
-        self, params: PyTree, frozen: FrozenTokenizer, batch: Batch, key: jax.Array, layout: Layout
+        self, params: PyTree, frozen: Frozen, batch: Batch, key: jax.Array, layout: Layout
     ) -> jax.Array:
         """The loss of each clip, float32 (B,), at random times and with conditions left out."""
         keys = sample_keys(key, batch["label"].shape[0])
@@ -211,8 +207,7 @@ class DenoiserTask(Task, name="denoiser"):
             wanted = dataclasses.replace(wanted, label=label)
         if wanted.text is not None:
             drop = uniform(keys, 3) < self.text_dropout
-            text = jnp.where(drop[:, None], jnp.zeros_like(wanted.text), wanted.text)
-            wanted = dataclasses.replace(wanted, text=text)
+            wanted = dataclasses.replace(wanted, text=captions.without(wanted.text, drop))
         told = uniform(keys, 5) < self.self_conditioning
         low = self.low_noise * uniform(keys, 6)
         return self._errors(params, x0, wanted, t, fold(keys, 2), told, low, layout)
@@ -221,14 +216,14 @@ class DenoiserTask(Task, name="denoiser"):
         self,
         params: PyTree,
         extra: PyTree,
-        frozen: FrozenTokenizer,
+        frozen: Frozen,
         batch: Batch,
         key: jax.Array,
         layout: Layout,
     ) -> Metrics:
         """The loss at times spread evenly over the clips, told all; every call draws the same."""
         if packed.is_packed(batch):
-            return packed.evaluate(self, params, batch, key, layout)
+            return packed.evaluate(self, params, frozen, batch, key, layout)
         rows = batch["label"].shape[0]
         t = jnp.asarray(self.diffusion.process.even_times(rows))
         keys = sample_keys(key, rows)
@@ -241,7 +236,7 @@ class DenoiserTask(Task, name="denoiser"):
         self,
         params: PyTree,
         extra: PyTree,
-        frozen: FrozenTokenizer,
+        frozen: Frozen,
         batch: Batch,
         key: jax.Array,
         layout: Layout,
@@ -251,12 +246,14 @@ class DenoiserTask(Task, name="denoiser"):
         if packed.is_packed(batch):
             batch = packed.first_videos(batch)
         _, wanted = self._data(frozen, batch, keys, layout)
-        return self.sample(params, frozen, wanted, keys, self.sampler, self.guidance, layout=layout)
+        return self.sample(
+            params, frozen.tokenizer, wanted, keys, self.sampler, self.guidance, layout=layout
+        )
 
     def sample(
         self,
         params: PyTree,
-        frozen: FrozenTokenizer,
+        tokenizer: FrozenTokenizer,
         wanted: Wanted,
         keys: jax.Array,
         sampler: Sampler,
@@ -273,7 +270,7 @@ class DenoiserTask(Task, name="denoiser"):
 
         Args:
           params: the denoiser's weights.
-          frozen: the tokenizer that decodes.
+          tokenizer: decodes.
           wanted: of each video.
           keys: (B,) keys, one a video: a video depends on its key and what is wanted only.
           sampler: of `diffusion`.
@@ -327,19 +324,17 @@ class DenoiserTask(Task, name="denoiser"):
         z = sampler(placed, noise, keys, self.diffusion, wanted.start, strength)
         if wanted.given is not None:
             z = jnp.where(wanted.given_mask[..., None], wanted.given, z)
-        return frozen.decode(z, layout) if decode else z
+        return tokenizer.decode(z, layout) if decode else z
 
     def _data(
-        self, frozen: FrozenTokenizer, batch: Batch, keys: jax.Array, layout: Layout
+        self, frozen: Frozen, batch: Batch, keys: jax.Array, layout: Layout
     ) -> tuple[jax.Array, Wanted]:
         """Latents of a batch, float32, and all that can be said of them."""
         model = self.model
         if "latents" in batch:
             x0 = batch["latents"].astype(jnp.float32)
         else:
-            x0 = jax.lax.stop_gradient(frozen.encode(to_unit(batch["video"]), layout))
-        if model.text_features:
-            packed.check_text(batch)
+            x0 = jax.lax.stop_gradient(frozen.tokenizer.encode(to_unit(batch["video"]), layout))
         given = mask = low = times = None
         if model.frame_times and x0.shape[1] > 1:
             x0, times, mask = pick_frames(self.frames, fold(keys, 7), x0, model.grid[0])
@@ -348,10 +343,10 @@ class DenoiserTask(Task, name="denoiser"):
             given, mask = x0, draw_masks(self.given, fold(keys, 4), x0.shape[1:4])
         if model.upsampling is not None:
             small = shrink(to_unit(batch["video"]), model.upsampling)
-            low = jax.lax.stop_gradient(frozen.encode(small, layout))
+            low = jax.lax.stop_gradient(frozen.tokenizer.encode(small, layout))
         return x0, Wanted(
             label=batch["label"] if model.num_classes else None,
-            text=batch["text"] if model.text_features else None,
+            text=captions.of_batch(self, frozen, batch, layout) if model.text_features else None,
             given=given,
             given_mask=mask,
             low=low,
@@ -364,7 +359,7 @@ class DenoiserTask(Task, name="denoiser"):
         """What the network is told; `low_noise` (B,) is the share of time of the noise on `low`."""
         text = mask = low = low_time = None
         if wanted.text is not None:
-            text, mask = self.text_network.bind(params[TEXT])(wanted.text)
+            text, mask = captions.read(self, params, wanted.text)
         if wanted.low is not None:
             process = self.diffusion.process
             low_time = low_noise * (process.num_timesteps - 1)

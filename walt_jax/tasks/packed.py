@@ -7,13 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from walt_jax.data.captions import EMBEDDINGS, LENGTH
 from walt_jax.data.packing import SEGMENTS
 from walt_jax.diffusion import standard_normal
 from walt_jax.errors import UserError
 from walt_jax.models import Conditions, Packing
 from walt_jax.parallel import Layout
+from walt_jax.tasks import captions
 from walt_jax.tasks.base import Batch, Metrics, PyTree, fold, sample_keys, uniform
-from walt_jax.training.denoisers import TEXT
+from walt_jax.tasks.frozen import Frozen
+from walt_jax.training.denoisers import without_text
 
 if TYPE_CHECKING:
     from walt_jax.tasks.denoiser import DenoiserTask
@@ -22,19 +25,6 @@ if TYPE_CHECKING:
 def is_packed(batch: Batch) -> bool:
     """Whether a batch is of packed rows."""
     return SEGMENTS in batch
-
-
-def check_text(batch: Batch) -> None:
-    """Refuses a batch without captions, for a denoiser that reads them.
-
-    Raises:
-      UserError: it has none.
-    """
-    if "text" not in batch:
-        raise UserError(
-            "config.data.caption_bytes is 0, but the denoiser reads text: say how many bytes of a "
-            "caption it reads (in config.images too, where there are images)."
-        )
 
 
 def packing_of(batch: Batch, patch: tuple[int, int, int]) -> Packing:
@@ -60,31 +50,43 @@ def packing_of(batch: Batch, patch: tuple[int, int, int]) -> Packing:
 
 def first_videos(batch: Batch) -> Batch:
     """What is said of the first video of each row, with a block of it as its latents."""
-    said = {name: batch[name][:, 0] for name in ("label", "text") if name in batch}
+    names = ("label", "text", EMBEDDINGS, LENGTH)
+    said = {name: batch[name][:, 0] for name in names if name in batch}
     return said | {"latents": batch["latents"][:, 0]}
 
 
 def loss(
-    task: "DenoiserTask", params: PyTree, batch: Batch, key: jax.Array, layout: Layout
+    task: "DenoiserTask",
+    params: PyTree,
+    frozen: Frozen,
+    batch: Batch,
+    key: jax.Array,
+    layout: Layout,
 ) -> tuple[jax.Array, Metrics]:
     """The mean over the videos that there are, their number, and the share of padding."""
-    losses, packing = packed_losses(task, params, batch, key, layout)
+    losses, packing = packed_losses(task, params, frozen, batch, key, layout)
     videos = packing.valid.sum()
     metrics = {"videos": videos, "padding": (packing.segments < 0).mean()}
     return losses.sum() / jnp.maximum(videos, 1), metrics
 
 
 def evaluate(
-    task: "DenoiserTask", params: PyTree, batch: Batch, key: jax.Array, layout: Layout
+    task: "DenoiserTask",
+    params: PyTree,
+    frozen: Frozen,
+    batch: Batch,
+    key: jax.Array,
+    layout: Layout,
 ) -> Metrics:
     """`loss` float32 (B, S) at times spread evenly, whose mean over all is that over the videos."""
-    losses, packing = packed_losses(task, params, batch, key, layout, evaluates=True)
+    losses, packing = packed_losses(task, params, frozen, batch, key, layout, evaluates=True)
     return {"loss": losses * (losses.size / jnp.maximum(packing.valid.sum(), 1))}
 
 
 def packed_losses(
     task: "DenoiserTask",
     params: PyTree,
+    frozen: Frozen,
     batch: Batch,
     key: jax.Array,
     layout: Layout,
@@ -96,6 +98,7 @@ def packed_losses(
     Args:
       task: sizes and shares.
       params: its networks.
+      frozen: with its text encoder.
       batch: `latents` (B, N, t, h, w, C), where its blocks belong, `label` (B, S) and so on.
       key: of the noise and all else that is drawn, for each video by itself.
       layout: where activations lie on the mesh.
@@ -122,12 +125,10 @@ def packed_losses(
         label = jnp.where(drawn(1, task.class_dropout), model.num_classes, batch["label"])
         conditions = dataclasses.replace(conditions, label=label)
     if model.text_features:
-        check_text(batch)
-        text = batch["text"]
+        text = captions.of_batch(task, frozen, batch, layout)
         if not evaluates:
-            text = jnp.where(drawn(3, task.text_dropout)[..., None], jnp.zeros_like(text), text)
-        tokens, mask = task.text_network.bind(params[TEXT])(text.reshape(-1, text.shape[-1]))
-        tokens, mask = (x.reshape(rows, videos, *x.shape[1:]) for x in (tokens, mask))
+            text = captions.without(text, drawn(3, task.text_dropout))
+        tokens, mask = captions.read(task, params, text)
         conditions = dataclasses.replace(conditions, text=tokens, text_mask=mask)
 
     def by_block(x: jax.Array) -> jax.Array:
@@ -143,7 +144,7 @@ def packed_losses(
     x_t = diffusion.add_noise(x0, eps, times)
 
     def predict(params: PyTree, conditions: Conditions) -> jax.Array:
-        network = task.network.bind({k: v for k, v in params.items() if k != TEXT})
+        network = task.network.bind(without_text(params))
         out = network(x_t.reshape(blocks), t, conditions, layout, packing)
         return out.reshape(-1, *out.shape[2:])
 

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from walt_jax.diffusion import Scale
+from walt_jax.diffusion import Constant, Scale
 from walt_jax.errors import UserError
 from walt_jax.models import DenoiserConfig
+from walt_jax.tasks.captions import Text
 
 
 @jax.tree_util.register_dataclass
@@ -18,7 +19,8 @@ class Wanted:
 
     Attributes:
       label: int32 (B,), classes; `num_classes` for none.
-      text: uint8 (B, M), captions as bytes; all 0 for none.
+      text: captions: bytes, uint8 (B, M), all 0 for none, or a published encoder's embeddings.
+      negative: what guidance leads away from instead of from nothing; like `text`.
       given: (B, T, H, W, C), clean latents; given_mask: bool (B, T, H, W), where they are given.
       low: (B, T, H / fh, W / fw, C), latents of the clips at low resolution.
       times: int32 (B, T), which latent frames of a long video the clips' are; the first T where not
@@ -27,7 +29,8 @@ class Wanted:
     """
 
     label: jax.Array | None = None
-    text: jax.Array | None = None
+    text: Text | None = None
+    negative: Text | None = None
     given: jax.Array | None = None
     given_mask: jax.Array | None = None
     low: jax.Array | None = None
@@ -62,6 +65,8 @@ class Wanted:
                 "Sampling from this model takes no 'times', it was built with frame_times=False: "
                 "leave them out."
             )
+        if self.negative is not None and self.text is None:
+            raise UserError("Sampling takes 'negative' beside 'text' alone: give both.")
         if (self.given is None) != (self.given_mask is None):
             raise UserError("Sampling takes 'given' and 'given_mask' together: give both.")
         for name in ("given", "given_mask", "start"):
@@ -83,16 +88,26 @@ class Wanted:
           num_classes: the label of no class.
           guidance: scale of class and text.
           given_guidance: scale of the given latents.
+
+        Raises:
+          UserError: something negative is said, but nothing guides.
         """
-        steps: list[Wanted] = [self]
+        if self.negative is not None and guidance == Constant(1.0):
+            raise UserError(
+                "A negative prompt acts through guidance, which is 1, none: raise it, or leave the "
+                "prompt out."
+            )
+        told = dataclasses.replace(self, negative=None)
+        steps: list[Wanted] = [told]
         scales: list[Scale] = []
         if self.label is not None or self.text is not None:
+            text = jax.tree.map(jnp.zeros_like, self.text)
             silent = dataclasses.replace(
-                self,
+                told,
                 label=None if self.label is None else jnp.full_like(self.label, num_classes),
-                text=None if self.text is None else jnp.zeros_like(self.text),
+                text=text if self.negative is None else self.negative,
             )
-            steps, scales = [silent, self], [guidance]
+            steps, scales = [silent, told], [guidance]
         if self.given is not None:
             nothing = jnp.zeros_like(self.given_mask)
             steps = [dataclasses.replace(steps[0], given_mask=nothing), *steps]

@@ -1,14 +1,12 @@
 """Starting a denoiser from the weights of another run."""
 
-import dataclasses
-
 import jax
 
 from walt_jax import config as config_lib
 from walt_jax.errors import UserError
 from walt_jax.models import Denoiser, DenoiserConfig, Network, Params
 from walt_jax.models.denoiser import transfer
-from walt_jax.models.text import ByteEncoderConfig
+from walt_jax.models.text import TextConfig
 from walt_jax.parallel import MeshConfig, make_mesh
 from walt_jax.training.checkpoints import Checkpoints
 
@@ -19,7 +17,7 @@ def start_from(
     workdir: str,
     config: DenoiserConfig,
     network: Network[Denoiser],
-    text: ByteEncoderConfig | None = None,
+    text: TextConfig | None = None,
 ) -> Params:
     """The moving average of the run in `workdir`, made to fit `config`, on the host.
 
@@ -38,15 +36,15 @@ def start_from(
         params = checkpoints.restore_part(("ema",))["ema"]
     encoder = params.pop(TEXT, None)
     sizes = task.get("text")
-    trained = sizes and config_lib.build(ByteEncoderConfig, sizes, f"{workdir}: task.text")
-    if trained and text and dataclasses.replace(trained, dtype=text.dtype) != text:
+    old_text = sizes and config_lib.build(TextConfig, sizes, f"{workdir}: task.text")
+    if old_text and text and not text.reads_as(old_text):
         raise UserError(
-            f"The text encoder of config.task.init_from={workdir} is {trained}, but "
+            f"The text encoder of config.task.init_from={workdir} is {old_text}, but "
             f"config.task.text is {text}: make it the same."
         )
     with jax.set_mesh(make_mesh(MeshConfig(), jax.local_devices(backend="cpu")[:1])):
         fresh = jax.device_get(network.init(jax.random.key(0)))
-    return transfer(params, old, config, fresh) | ({TEXT: encoder} if trained and text else {})
+    return transfer(params, old, config, fresh) | ({TEXT: encoder} if encoder and text else {})
 
 
 def without_text(params: Params) -> Params:

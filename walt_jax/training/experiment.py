@@ -81,5 +81,12 @@ class Experiment:
                 "config.data.packing packs images with the videos: put their latents into the same "
                 "dataset and set config.images to None."
             )
+        for name in ("data", "images"):
+            data = getattr(self, name)
+            if self.task.text_encoder is not None and data is not None and data.caption_bytes:
+                raise UserError(
+                    f"config.{name}.caption_bytes is read by config.task.text.name='bytes' alone: "
+                    "set it to 0."
+                )
         if not 0 <= self.seed < 2**32:
             raise UserError(f"config.seed must lie in [0, 2**32), got {self.seed}.")

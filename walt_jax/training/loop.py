@@ -19,7 +19,7 @@ from walt_jax.data.records import open_dataset
 from walt_jax.errors import Preempted, UserError
 from walt_jax.evaluation.inline import Inline
 from walt_jax.parallel import make_mesh
-from walt_jax.parallel.sharding import batch_sharding, place, replicated
+from walt_jax.parallel.sharding import batch_sharding, frozen_shardings, place, replicated
 from walt_jax.tasks import to_uint8
 from walt_jax.training import metrics as metrics_lib
 from walt_jax.training.about import SHARDINGS, about_data, write_about
@@ -90,13 +90,19 @@ class _Run:
         self.task, self.layout = self.program.task, self.program.layout
         self.batch_sharding = batch_sharding(mesh)
         dataset = open_dataset(experiment.data.path)
-        make = functools.partial(Pipeline, dataset, batch_size=experiment.batch_size)
+        encoder = self.task.text_encoder
+        make = functools.partial(
+            Pipeline, dataset, batch_size=experiment.batch_size, text_encoder=encoder
+        )
         self.data = make(experiment.data, seed=experiment.seed, split="train")
         datasets = [dataset]
         if (images := experiment.images) is not None:
             datasets.append(open_dataset(images.path))
             size = experiment.image_batch_size
-            pipeline = Pipeline(datasets[1], images, batch_size=size, seed=experiment.seed)
+            seed = experiment.seed
+            pipeline = Pipeline(
+                datasets[1], images, batch_size=size, seed=seed, text_encoder=encoder
+            )
             self.data = Joint(self.data, pipeline)
         # Threads: an evaluation is over before worker processes would have started.
         few = dataclasses.replace(experiment.data, num_workers=0)
@@ -105,7 +111,7 @@ class _Run:
         self.dataset = dataset
         self.say(f"data: {self.data.describe()}")
         self.prepared = self.task.prepare(str(workdir), *datasets)
-        self.frozen = place(self.prepared, jax.tree.map(lambda _: replicated(mesh), self.prepared))
+        self.frozen = place(self.prepared, frozen_shardings(self.prepared, mesh))
         self.key = place(np.asarray(experiment.seed, np.uint32), replicated(mesh))
         about = about_data(dataset, experiment.data.fps)
         self.score = Inline(

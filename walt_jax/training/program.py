@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from walt_jax.errors import UserError
 from walt_jax.parallel import Layout, state_shardings
-from walt_jax.parallel.sharding import batch_sharding, lying, place, replicated
+from walt_jax.parallel.sharding import batch_sharding, frozen_shardings, lying, place, replicated
 from walt_jax.training.experiment import Experiment
 from walt_jax.training.flops import gradient_flops
 from walt_jax.training.optimizers import make_optimizer, make_schedule
@@ -94,9 +94,9 @@ class Program:
             out_shardings=(self.shardings, replicated(self._mesh)),
         )
         batch = {name: lying(x, batch_sharding(self._mesh)) for name, x in shapes.items()}
-        everywhere = functools.partial(lying, sharding=replicated(self._mesh))
-        seed = everywhere(np.zeros((), np.uint32))
-        return jitted.lower(self.abstract, jax.tree.map(everywhere, frozen), batch, seed)
+        seed = lying(np.zeros((), np.uint32), replicated(self._mesh))
+        frozen = jax.tree.map(lying, frozen, frozen_shardings(frozen, self._mesh))
+        return jitted.lower(self.abstract, frozen, batch, seed)
 
     def flops(self, frozen: PyTree, shapes: dict[str, jax.ShapeDtypeStruct]) -> float:
         """Model FLOPs of a step, forward and backward, recomputation left out."""

@@ -1,7 +1,8 @@
 """A small text encoder over bytes, trained jointly with the denoiser that reads it."""
 
 import dataclasses
-from typing import Literal
+from collections.abc import Sequence
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +11,13 @@ from flax import nnx
 
 from walt_jax.errors import UserError
 from walt_jax.models.denoiser.layers import Affine, Attention, gelu, linear
+from walt_jax.models.text.base import TextConfig, too_long
 
 _FULL = (0, 0, 0)
 
 
 @dataclasses.dataclass(frozen=True)
-class ByteEncoderConfig:
+class ByteEncoderConfig(TextConfig, name="bytes"):
     """Sizes of a `ByteEncoder`.
 
     Attributes:
@@ -24,6 +26,8 @@ class ByteEncoderConfig:
       max_bytes: longest text, in bytes of UTF-8.
       dtype: what matrices compute in.
     """
+
+    trained: ClassVar[bool] = True
 
     width: int = 256
     num_layers: int = 2
@@ -39,6 +43,19 @@ class ByteEncoderConfig:
                 f"config.task.text.width={self.width} must be a multiple of num_heads="
                 f"{self.num_heads}."
             )
+
+    def reads_as(self, other: TextConfig) -> bool:
+        """Of the same sizes; see `TextConfig.reads_as`."""
+        same = isinstance(other, ByteEncoderConfig)
+        return same and dataclasses.replace(other, dtype=self.dtype) == self
+
+    def tokenize(self, texts: Sequence[str], *, cut: bool = False) -> np.ndarray:
+        """UTF-8, uint8 (N, max_bytes), 0 where there is none; see `TextConfig.tokenize`."""
+        for text in () if cut else texts:
+            if (length := len(text.encode())) > self.max_bytes:
+                raise too_long(text, length, "bytes", self.max_bytes)
+        coded = [to_bytes(text, self.max_bytes) for text in texts]
+        return np.asarray(coded, np.uint8).reshape(-1, self.max_bytes)
 
 
 def to_bytes(text: str, length: int) -> np.ndarray:
