@@ -137,6 +137,7 @@ class Cascade:
         labels: np.ndarray | None = None,
         prompts: Sequence[str] | None = None,
         *,
+        negative_prompts: Sequence[str] | None = None,
         videos: np.ndarray | None = None,
         seed: int = 0,
         sampler: Sampler | Sequence[Sampler] = Ddim(),  # noqa: B008
@@ -150,7 +151,7 @@ class Cascade:
 
         Args:
           numbers: int (N,), which videos.
-          labels: int32, of all numbers; prompts: texts, likewise.
+          labels: int32, of all numbers; prompts, negative_prompts: texts, likewise.
           videos: uint8 (N, T, H, W, 3), of all numbers: clips to enlarge, in place of the base's.
           seed: of the noise; every stage has its own.
           sampler, guidance: of every stage, or of each.
@@ -171,7 +172,7 @@ class Cascade:
         sizes = _each(per_device, count, "numbers of videos per device")
         for stage, chosen in zip(self.stages, samplers):
             chosen.check(stage.task.diffusion)
-        said = [_said(stage, labels, prompts) for stage in self.stages]
+        said = [_said(stage, labels, prompts, negative_prompts) for stage in self.stages]
         if videos is not None and videos.shape[1:4] != self.stages[0].video_shape:
             raise UserError(
                 f"The cascade enlarges clips of {_times(self.stages[0].video_shape)}, not of "
@@ -241,6 +242,7 @@ def enlarged(request: Request, sources: Sequence[str | Path]) -> np.ndarray:
     return cascade.sample(
         request.labels,
         prompts=request.prompts,
+        negative_prompts=request.negative_prompts,
         count=request.count,
         videos=clips,
         seed=request.seed,
@@ -248,17 +250,24 @@ def enlarged(request: Request, sources: Sequence[str | Path]) -> np.ndarray:
     )
 
 
-def _said(stage: Generator, labels: np.ndarray | None, prompts: Sequence[str] | None) -> Wanted:
-    """Of labels and prompts what a stage takes."""
+def _said(
+    stage: Generator,
+    labels: np.ndarray | None,
+    prompts: Sequence[str] | None,
+    negative_prompts: Sequence[str] | None,
+) -> Wanted:
+    """Of labels and texts what a stage takes."""
     model = stage.task.model
     if model.num_classes and labels is None:
         raise UserError("A model of the cascade has classes: give labels.")
     if model.text_features and prompts is None:
         raise UserError("A model of the cascade reads text: give prompts.")
-    return Wanted(
-        label=np.asarray(labels, np.int32) if model.num_classes else None,
-        text=stage.texts(prompts) if model.text_features else None,
+    text, negative = (
+        stage.texts(said) if model.text_features and said is not None else None
+        for said in (prompts, negative_prompts)
     )
+    label = np.asarray(labels, np.int32) if model.num_classes else None
+    return Wanted(label=label, text=text, negative=negative)
 
 
 def _by_number(numbers: np.ndarray, values: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:

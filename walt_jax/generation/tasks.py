@@ -105,11 +105,14 @@ def long_pieces(request: Request) -> Iterator[np.ndarray]:
     if request.sources:
         start = request.read(0)
         start = start[None, : len(start) - (len(start) - 1) % factor].repeat(request.count, axis=0)
-    said = None if request.prompts is None else request.generator.texts(request.prompts)
+    text, negative = (
+        None if said is None else request.generator.texts(said)
+        for said in (request.prompts, request.negative_prompts)
+    )
     return generate_long(
         request.generator,
         frames,
-        Wanted(label=request.labels, text=said),
+        Wanted(label=request.labels, text=text, negative=negative),
         scheme=request.scheme,
         count=request.count,
         start=start,
