@@ -30,7 +30,7 @@ $(STAMP): setup.py $(CONSTRAINTS)
 # Torch, whose numbers ours are tested against. On Linux its wheel brings 4 GB of CUDA along; pip
 # takes one without if PIP_EXTRA_INDEX_URL is https://download.pytorch.org/whl/cpu.
 $(PARITY): $(STAMP)
-	$(INSTALL) '.[dev,parity,eval,data,text]'
+	$(INSTALL) '.[dev,parity,eval,data,text,colabs]'
 	touch $@
 
 demo: $(STAMP)

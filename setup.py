@@ -44,6 +44,8 @@ EXTRAS_REQUIRE = {
     # T5 and CLIP from Hugging Face's folders and hub.
     "text": ["huggingface_hub>=0.30", "sentencepiece>=0.2", "tokenizers>=0.20"],
     "eval": ["scikit-image>=0.24", "scipy>=1.11"],
+    # What `python -m colabs.build` makes and runs the notebooks with.
+    "colabs": ["ipykernel>=6.29", "nbclient>=0.10", "nbformat>=5.10"],
     "parity": [
         "torch==2.13.0",
         "torchvision==0.28.0",
@@ -70,6 +72,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["walt_jax", "walt_jax.*"]),
+    package_data={"walt_jax": ["assets/*/*"]},
     python_requires=">=3.11",
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,

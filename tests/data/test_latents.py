@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import small_text
 
+from walt_jax.data import latents
 from walt_jax.data.buckets import Bucket, BucketsConfig
 from walt_jax.data.directories import lock_directory
 from walt_jax.data.latents import LATENT_FEATURES, encode_dataset
@@ -334,6 +335,29 @@ def test_codes_come_back(encode, data, tmp_path):
     np.testing.assert_array_equal(batch["codes"], said)
     np.testing.assert_allclose(batch["latents"], latents, rtol=1e-3)
     np.testing.assert_allclose(tokenizer.from_codes(batch["codes"]), latents, rtol=1e-5)
+
+
+@pytest.mark.parametrize("quantizer, channels", [(Identity(), 4), (Lfq(), 6)])
+def test_long_clips_are_encoded_chunk_by_chunk(
+    encode, data, tmp_path, monkeypatch, quantizer, channels
+):
+    """9 frames, 5 latents: chunks of 2, 2 and 1."""
+    options = {
+        "tokenizer": make_tokenizer(quantizer, channels),
+        "data": dataclasses.replace(data, num_frames=9),
+        "epochs": 1,
+    }
+    whole = encode(tmp_path / "whole", **options)
+    monkeypatch.setattr(latents, "_AT_ONCE", 5)
+    monkeypatch.setattr(latents, "_CHUNK", 2)
+    chunks = encode(tmp_path / "chunks", **options)
+    assert len(chunks) == len(whole) == 24
+    for i in (0, 23):
+        one, other = whole.read(i), chunks.read(i)
+        if "codes" in one:
+            np.testing.assert_array_equal(one["codes"], other["codes"])
+        else:
+            np.testing.assert_allclose(one["latents"], other["latents"], atol=2e-3)
 
 
 def test_a_record_of_a_foreign_tokenizer_is_refused(straight, tmp_path):

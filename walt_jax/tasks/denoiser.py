@@ -27,8 +27,9 @@ from walt_jax.tasks.base import (
     to_unit,
     uniform,
 )
+from walt_jax.tasks.frames import FramesConfig, pick_frames
 from walt_jax.tasks.frozen import Frozen, check_dataset
-from walt_jax.tasks.given import GivenConfig, draw_masks
+from walt_jax.tasks.given import GivenConfig, Grid, draw_masks
 from walt_jax.tasks.wanted import Wanted
 from walt_jax.training.denoisers import TEXT, start_from, without_text
 from walt_jax.training.texts import find_text, keep_text
@@ -56,6 +57,8 @@ class DenoiserTask(Task, name="denoiser"):
         published one.
       text_dropout: share of clips trained without their caption, likewise.
       given: which latents training gives, where the model takes given ones. They count in no loss.
+      frames: which of a long clip's latent frames, and which of them given, where the model is told
+        their times; `given` is then left alone.
       low_noise: largest time of the noise on low-resolution latents, as a share of the process's;
         W.A.L.T's t_max_noise is not published.
       init_from: workdir of a denoiser's run to start from, on another grid, or of images.
@@ -70,6 +73,7 @@ class DenoiserTask(Task, name="denoiser"):
     text: TextConfig | None = None
     text_dropout: float = 0.1
     given: GivenConfig = GivenConfig()
+    frames: FramesConfig = FramesConfig()
     low_noise: float = 0.25
     init_from: str = ""
     sampler: Sampler = Ddim(num_steps=25)
@@ -100,7 +104,12 @@ class DenoiserTask(Task, name="denoiser"):
                 f"{width}: set both, or neither",
             ),
             (
-                (model.given != "none") != (self.given.share > 0),
+                model.frame_times and (model.given == "none" or self.given.share > 0),
+                "model.frame_times=True needs model.given, and config.task.frames says what is "
+                "given: set model.given='channels' or its like, and no shares in config.task.given",
+            ),
+            (
+                (model.given != "none") != (model.frame_times or self.given.share > 0),
                 f"model.given={model.given!r}, but the shares of config.task.given sum to "
                 f"{self.given.share:g}: set both, or neither",
             ),
@@ -252,7 +261,9 @@ class DenoiserTask(Task, name="denoiser"):
         *,
         given_guidance: Scale = NONE,
         low_noise: float | None = None,
-        image: bool = False,
+        grid: Grid | None = None,
+        strength: float = 1.0,
+        decode: bool = True,
         layout: Layout = Layout(),  # noqa: B008
     ) -> jax.Array:
         """Videos of what is wanted.
@@ -267,20 +278,20 @@ class DenoiserTask(Task, name="denoiser"):
           given_guidance: by the given latents, likewise.
           low_noise: time of the noise on the low-resolution latents, a share of the process's;
             by default 0.05, or what training had at most.
-          image: one frame instead of all.
+          grid: (T, H, W) of the latents, by default the model's; one frame makes an image.
+          strength: with `wanted.start`, the share of the process's time to start from.
+          decode: give pixels, not latents.
           layout: where activations lie on the mesh.
 
         Returns:
-          float32 (B, T, H, W, 3) in [-1, 1].
+          float32 (B, T, H, W, 3) in [-1, 1]; without `decode` latents (B, t, h, w, C).
 
         Raises:
-          UserError: `wanted` is not what the model was built for.
+          UserError: `wanted` or the grid is not what the model was built for.
         """
-        wanted.check(self.model)
-        if image and wanted.given is not None:
-            raise UserError("An image is sampled without 'given', which is of whole clips.")
-        frames = 1 if image else self.model.grid[0]
-        noise = standard_normal(keys, (frames, *self.model.grid[1:], self.model.latent_channels))
+        grid = grid or self.model.grid
+        wanted.check(self.model, grid)
+        noise = standard_normal(keys, (*grid, self.model.latent_channels))
         share = jnp.full(
             keys.shape[0], min(0.05, self.low_noise) if low_noise is None else low_noise
         )
@@ -310,10 +321,10 @@ class DenoiserTask(Task, name="denoiser"):
                 estimate = jnp.where(mask, wanted.given, estimate)
             return guided(x, t, estimate)
 
-        z = sampler(placed, noise, keys, self.diffusion)
+        z = sampler(placed, noise, keys, self.diffusion, wanted.start, strength)
         if wanted.given is not None:
             z = jnp.where(wanted.given_mask[..., None], wanted.given, z)
-        return tokenizer.decode(z, layout)
+        return tokenizer.decode(z, layout) if decode else z
 
     def _data(
         self, frozen: Frozen, batch: Batch, keys: jax.Array, layout: Layout
@@ -324,8 +335,11 @@ class DenoiserTask(Task, name="denoiser"):
             x0 = batch["latents"].astype(jnp.float32)
         else:
             x0 = jax.lax.stop_gradient(frozen.tokenizer.encode(to_unit(batch["video"]), layout))
-        given = mask = low = None
-        if model.given != "none" and x0.shape[1] == model.grid[0]:  # no image beside videos
+        given = mask = low = times = None
+        if model.frame_times and x0.shape[1] > 1:
+            x0, times, mask = pick_frames(self.frames, fold(keys, 7), x0, model.grid[0])
+            given, mask = x0, jnp.broadcast_to(mask[..., None, None], x0.shape[:-1])
+        elif model.given != "none" and x0.shape[1] == model.grid[0]:  # no image beside videos
             given, mask = x0, draw_masks(self.given, fold(keys, 4), x0.shape[1:4])
         if model.upsampling is not None:
             small = shrink(to_unit(batch["video"]), model.upsampling)
@@ -336,6 +350,7 @@ class DenoiserTask(Task, name="denoiser"):
             given=given,
             given_mask=mask,
             low=low,
+            times=times,
         )
 
     def _conditions(
@@ -360,6 +375,7 @@ class DenoiserTask(Task, name="denoiser"):
             given_mask=wanted.given_mask,
             low=low,
             low_time=low_time,
+            times=wanted.times,
         )
 
     def _predict(

@@ -1,6 +1,7 @@
 """What a denoiser is to show, and how guidance takes it apart."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,9 @@ class Wanted:
       negative: what guidance leads away from instead of from nothing; like `text`.
       given: (B, T, H, W, C), clean latents; given_mask: bool (B, T, H, W), where they are given.
       low: (B, T, H / fh, W / fw, C), latents of the clips at low resolution.
+      times: int32 (B, T), which latent frames of a long video the clips' are; the first T where not
+        said.
+      start: (B, T, H, W, C), clean latents that sampling starts from, noised, instead of noise.
     """
 
     label: jax.Array | None = None
@@ -30,9 +34,11 @@ class Wanted:
     given: jax.Array | None = None
     given_mask: jax.Array | None = None
     low: jax.Array | None = None
+    times: jax.Array | None = None
+    start: jax.Array | None = None
 
-    def check(self, model: DenoiserConfig) -> None:
-        """Refuses what a model cannot show.
+    def check(self, model: DenoiserConfig, grid: Sequence[int]) -> None:
+        """Refuses what a model cannot show on a grid (T, H, W) of latents.
 
         Raises:
           UserError: something is said that the model was not built for, or lacking.
@@ -54,10 +60,22 @@ class Wanted:
                 "Sampling from this model takes no 'given', it was built with given='none': leave "
                 "it out."
             )
+        if self.times is not None and not model.frame_times:
+            raise UserError(
+                "Sampling from this model takes no 'times', it was built with frame_times=False: "
+                "leave them out."
+            )
         if self.negative is not None and self.text is None:
             raise UserError("Sampling takes 'negative' beside 'text' alone: give both.")
         if (self.given is None) != (self.given_mask is None):
             raise UserError("Sampling takes 'given' and 'given_mask' together: give both.")
+        for name in ("given", "given_mask", "start"):
+            array = getattr(self, name)
+            if array is not None and tuple(array.shape[1:4]) != tuple(grid):
+                raise UserError(
+                    f"Sampling on a grid of {tuple(grid)} latents takes {name!r} of that shape, "
+                    f"not {tuple(array.shape[1:4])}: encode clips of that size."
+                )
 
     def steps(
         self, num_classes: int, guidance: Scale, given_guidance: Scale

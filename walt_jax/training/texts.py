@@ -11,7 +11,7 @@ from walt_jax.data.records import Dataset
 from walt_jax.errors import UserError
 from walt_jax.models.text import FrozenText, FrozenTextConfig
 
-_FILE = "text_encoder.json"
+FILE = "text_encoder.json"
 
 
 def find_text(
@@ -44,7 +44,7 @@ def find_text(
 
 def keep_text(config: FrozenTextConfig, digest: str, workdir: str | Path) -> None:
     """Notes in `workdir` which encoder its denoiser reads."""
-    path = epath.Path(workdir) / _FILE
+    path = epath.Path(workdir) / FILE
     if jax.process_index() == 0 and not path.exists():
         about = {"hash": digest, "path": config.path, "revision": config.revision}
         path.write_text(json.dumps(about, indent=2) + "\n")
@@ -52,7 +52,7 @@ def keep_text(config: FrozenTextConfig, digest: str, workdir: str | Path) -> Non
 
 def kept_hash(workdir: str | Path) -> str:
     """The hash of the published encoder that a run's denoiser reads; empty without one."""
-    path = epath.Path(workdir) / _FILE
+    path = epath.Path(workdir) / FILE
     return json.loads(path.read_text())["hash"] if path.exists() else ""
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,14 +15,18 @@ from jax.sharding import Mesh
 from walt_jax import config as config_lib
 from walt_jax.diffusion import Ddim, Sampler, Scale
 from walt_jax.errors import UserError
+from walt_jax.generation import programs
+from walt_jax.generation.sizes import Sizes
 from walt_jax.models.text import FrozenText
 from walt_jax.models.tokenizer.frozen import FrozenTokenizer
-from walt_jax.parallel import Layout, MeshConfig, make_mesh, state_shardings
+from walt_jax.parallel import MeshConfig, make_mesh, state_shardings
 from walt_jax.parallel.sharding import batch_sharding, frozen_shardings, place, replicated
 from walt_jax.progress import bar as progress_bar
 from walt_jax.tasks import DenoiserTask, Task, Wanted, to_uint8
 from walt_jax.tasks.captions import Text
 from walt_jax.tasks.denoiser import NONE
+from walt_jax.tasks.given import Grid
+from walt_jax.training import exports
 from walt_jax.training.checkpoints import Checkpoints
 from walt_jax.training.texts import kept_hash, open_text
 from walt_jax.training.tokenizers import load_tokenizer
@@ -45,6 +49,7 @@ class Generator:
       text: the published encoder that reads prompts, where it is at hand; otherwise it is loaded
         when the first one comes.
       text_hash: which encoder the denoiser was trained with; empty for any.
+      images: whether single frames were trained on too.
     """
 
     task: DenoiserTask
@@ -57,6 +62,7 @@ class Generator:
     mesh: Mesh | None = None
     text: FrozenText | None = None
     text_hash: str = ""
+    images: bool = False
 
     @classmethod
     def load(
@@ -67,19 +73,28 @@ class Generator:
         weights: Weights = "ema",
         mesh: Mesh | None = None,
     ) -> "Generator":
-        """Loads a run's newest checkpoint, or that of `step`.
+        """Loads a run's newest checkpoint, or that of `step`, or an export's weights.
 
         Raises:
-          UserError: the workdir holds no run of a denoiser, or no such checkpoint.
+          UserError: the folder holds no denoiser, or no such checkpoint.
         """
         values = config_lib.read_resolved(workdir)
         task = config_lib.build(Task, values["task"], "config.task")
         if not isinstance(task, DenoiserTask):
             raise UserError(f"{workdir} is a run of another task: sample from a denoiser's.")
-        with Checkpoints(workdir, read_only=True) as checkpoints:
-            name = "ema" if weights == "ema" else "params"
-            params = checkpoints.restore_part((name,), step)[name]
-            step = checkpoints.restored
+        name = "ema" if weights == "ema" else "params"
+        if exports.is_export(workdir):
+            about = exports.about_export(workdir)
+            if step not in (None, about["step"]) or name != about["part"]:
+                raise UserError(
+                    f"{workdir} holds {about['part']} of step {about['step']} alone: ask for that, "
+                    "or load the run's workdir."
+                )
+            params, step = exports.read_weights(workdir), about["step"]
+        else:
+            with Checkpoints(workdir, read_only=True) as checkpoints:
+                params = checkpoints.restore_part((name,), step)[name]
+                step = checkpoints.restored
         about_file = epath.Path(workdir) / config_lib.DATASET
         if not about_file.exists():
             raise UserError(f"{about_file} is missing: copy the whole workdir of the training.")
@@ -94,14 +109,44 @@ class Generator:
             weights,
             mesh,
             text_hash=kept_hash(workdir),
+            images=_has_images(values),
         )
+
+    def placed(self) -> "Generator":
+        """The same with its weights on its mesh, where they stay from one call to the next."""
+        mesh = self._devices
+        with jax.set_mesh(mesh):
+            everywhere = jax.tree.map(lambda _: replicated(mesh), self.tokenizer)
+            tokenizer = programs.placed(self.tokenizer, everywhere)
+            params = programs.placed(self.params, state_shardings(self.params, mesh))
+        return dataclasses.replace(self, params=params, tokenizer=tokenizer, mesh=mesh)
+
+    @functools.cached_property
+    def sizes(self) -> Sizes:
+        """What sizes and lengths can be sampled."""
+        return Sizes.of(self.task.model, self.tokenizer.config.factors, self.fps)
 
     @property
     def video_shape(self) -> tuple[int, int, int]:
-        """Frames, height and width of what is sampled."""
-        ft, fh, fw = self.tokenizer.config.factors
-        t, h, w = self.task.model.grid
-        return 1 + (t - 1) * ft, h * fh, w * fw
+        """Frames, height and width of what is sampled by default."""
+        return self.sizes.video_shape
+
+    def encode(self, clips: np.ndarray) -> np.ndarray:
+        """Latents, float32 (N, t, h, w, C), of clips, uint8 (N, 1 + ft n, H, W, 3).
+
+        Each clip by itself, so that its latents are the same bits in any company.
+
+        Raises:
+          UserError: a number of frames or a size that does not fit the tokenizer.
+        """
+        tokenizer = jax.device_put(self.tokenizer)
+        latents = [jax.device_get(programs.encode(tokenizer, clip[None])) for clip in clips]
+        return np.concatenate(latents)
+
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        """The way back: uint8 (N, T, H, W, 3)."""
+        tokenizer = jax.device_put(self.tokenizer)
+        return np.concatenate([to_uint8(programs.decode(tokenizer, z[None])) for z in latents])
 
     def labels(self, names: Sequence[str]) -> np.ndarray:
         """Class indices of names or numbers, int32.
@@ -139,7 +184,7 @@ class Generator:
     @functools.cached_property
     def _encoder(self) -> FrozenText:
         text = self.text or open_text(self.task.text, self.text_hash)
-        return _placed(text, frozen_shardings({"text": text}, self._devices)["text"])
+        return programs.placed(text, frozen_shardings({"text": text}, self._devices)["text"])
 
     @functools.cached_property
     def _devices(self) -> Mesh:
@@ -154,8 +199,10 @@ class Generator:
         given: np.ndarray | None = None,
         given_mask: np.ndarray | None = None,
         low: np.ndarray | None = None,
+        start: np.ndarray | None = None,
+        strength: float = 1.0,
         count: int | None = None,
-        image: bool = False,
+        grid: Grid | None = None,
         seed: int = 0,
         sampler: Sampler = Ddim(),  # noqa: B008
         guidance: Scale = NONE,
@@ -175,8 +222,10 @@ class Generator:
           given: float32 (N, T, H, W, C), clean latents, where the model takes such; given_mask:
             bool (N, T, H, W), which of them.
           low: float32 (N, T, h, w, C), low-resolution latents, where the model takes such.
+          start: float32 (N, T, H, W, C), clean latents to start from, noised (SDEdit, 2108.01073);
+            strength: the share of the process's time to start at, of which the steps are taken.
           count: N, where nothing else says it.
-          image: one frame instead of all.
+          grid: (T, H, W) of the latents, by default the model's; T = 1 makes images.
           seed: of the noise.
           sampler: with its number of steps.
           guidance: strength of classifier-free guidance by class and text.
@@ -200,22 +249,24 @@ class Generator:
             given=given,
             given_mask=given_mask,
             low=low,
+            start=start,
         )
         counts = {len(leaf) for leaf in jax.tree.leaves(wanted)} | ({count} if count else set())
         if len(counts) != 1:
             raise UserError(
                 f"Sampling needs one number of videos, got {sorted(counts) or 'none'}: labels, "
-                "prompts, given and low must have one entry a video, or say count."
+                "prompts, given, low and start must have one entry a video, or say count."
             )
         total, classes = counts.pop(), self.task.model.num_classes
-        wanted.check(self.task.model)
+        grid = tuple(grid or self.task.model.grid)
+        wanted.check(self.task.model, grid)
         if labels is not None and not 0 <= np.min(labels) <= np.max(labels) <= classes:
             raise UserError(
                 f"The labels go from {np.min(labels)} to {np.max(labels)}, but this model has "
                 f"classes 0 to {classes - 1}, and {classes} for none."
             )
         mesh = self._devices
-        shards = _shards(mesh)
+        shards = programs.shards(mesh)
         bar = progress_bar(total=total, what="sample", unit="video", disable=not progress)
         videos = []
         for numbers, batch in dataclasses.replace(self, mesh=mesh).stream(
@@ -226,7 +277,8 @@ class Generator:
             guidance=guidance,
             given_guidance=given_guidance,
             low_noise=low_noise,
-            image=image,
+            grid=grid,
+            strength=strength,
             per_device=-(-min(batch_size, total) // shards),
         ):
             videos.append(batch)
@@ -244,7 +296,9 @@ class Generator:
         guidance: Scale = NONE,
         given_guidance: Scale = NONE,
         low_noise: float | None = None,
-        image: bool = False,
+        grid: Grid | None = None,
+        strength: float = 1.0,
+        decode: bool = True,
         per_device: int = 1,
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Any of the videos of a seed, batch by batch, with constant memory.
@@ -255,21 +309,23 @@ class Generator:
         Args:
           numbers: int (N,), which videos.
           wanted: what videos of given numbers (B,) are to show; asked for a batch at a time.
+          decode: give pixels, not latents.
           per_device: videos at a time on each device.
           The others are those of `sample`.
 
         Yields:
           (numbers (K,), uint8 videos (K, T, H, W, 3)), of every batch those that lie on this
-          process; with a mesh of this process alone, all of them.
+          process; with a mesh of this process alone, all of them. Without `decode` float32 latents
+          (K, t, h, w, C).
         """
-        mesh = self.mesh or make_mesh(MeshConfig())
-        size = per_device * _shards(mesh)
-        run = _program(self.task, mesh, sampler, guidance, given_guidance, low_noise, image)
-
+        ready = self.placed()
+        mesh, params, tokenizer = ready.mesh, ready.params, ready.tokenizer
+        size = per_device * programs.shards(mesh)
+        grid = grid or self.task.model.grid
+        run = programs.program(
+            self.task, mesh, sampler, guidance, given_guidance, low_noise, grid, strength, decode
+        )
         with jax.set_mesh(mesh):
-            everywhere = jax.tree.map(lambda _: replicated(mesh), self.tokenizer)
-            tokenizer = _placed(self.tokenizer, everywhere)
-            params = _placed(self.params, state_shardings(self.params, mesh))
             key = place(np.asarray(seed, np.uint32), replicated(mesh))
 
         def start(first: int) -> jax.Array:
@@ -281,10 +337,11 @@ class Generator:
                 return run(params, tokenizer, *inputs, key)
 
         def finish(first: int, videos: jax.Array) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-            rows, pixels = _mine(videos)
+            rows, values = programs.mine(videos)
             new = rows < len(numbers) - first
             if new.any():
-                yield np.asarray(numbers)[first + rows[new]], pixels[new]
+                found = to_uint8(values[new]) if decode else values[new]
+                yield np.asarray(numbers)[first + rows[new]], found
 
         # In pairs, so that the devices have the next batch while this one is looked at.
         before: tuple[int, jax.Array] | None = None
@@ -297,71 +354,9 @@ class Generator:
             yield from finish(*before)
 
 
-@functools.lru_cache(maxsize=8)
-def _program(
-    task: DenoiserTask,
-    mesh: Mesh,
-    sampler: Sampler,
-    guidance: Scale,
-    given_guidance: Scale,
-    low_noise: float | None,
-    image: bool,
-) -> Callable[..., jax.Array]:
-    """What samples: (params, tokenizer, wanted, numbers, seed) -> pixels, lying as a batch does.
-
-    Kept, so that the next checkpoint of a run is not compiled again.
-    """
-    alone = mesh.shape["data"] == mesh.size  # every device then has all weights
-
-    def sample(clips: PyTree, shared: PyTree, layout: Layout = Layout()) -> jax.Array:  # noqa: B008
-        (wanted, numbers), (params, tokenizer, seed) = clips, shared
-        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(numbers)
-        return task.sample(
-            params,
-            tokenizer,
-            wanted,
-            keys,
-            sampler,
-            guidance,
-            given_guidance=given_guidance,
-            low_noise=low_noise,
-            image=image,
-            layout=layout,
-        )
-
-    def run(
-        params: PyTree,
-        tokenizer: FrozenTokenizer,
-        wanted: Wanted,
-        numbers: jax.Array,
-        seed: jax.Array,
-    ) -> jax.Array:
-        clips, shared = (wanted, numbers), (params, tokenizer, seed)
-        if alone:
-            return Layout(mesh).by_clip(sample, clips, shared)
-        return sample(clips, shared, Layout(mesh))
-
-    return jax.jit(run, out_shardings=batch_sharding(mesh))
-
-
-def _shards(mesh: Mesh) -> int:
-    return mesh.shape["data"] * mesh.shape["fsdp"]
-
-
-def _placed(tree: PyTree, shardings: PyTree) -> PyTree:
-    """Host arrays on the devices; what lies there already stays."""
-    return tree if isinstance(jax.tree.leaves(tree)[0], jax.Array) else place(tree, shardings)
-
-
-def _mine(videos: jax.Array) -> tuple[np.ndarray, np.ndarray]:
-    """The rows of a batch that lie on this process, rising, and their uint8 pixels.
-
-    What several devices hold alike counts once, on the first of them.
-    """
-    shards = [s for s in videos.addressable_shards if s.replica_id == 0]
-    shards.sort(key=lambda s: s.index[0].start or 0)
-    rows = [np.arange(len(s.data)) + (s.index[0].start or 0) for s in shards]
-    pixels = [to_uint8(s.data) for s in shards]
-    if not shards:
-        return np.zeros(0, int), np.zeros((0, *videos.shape[1:]), np.uint8)
-    return np.concatenate(rows), np.concatenate(pixels)
+def _has_images(values: Mapping[str, Any]) -> bool:
+    """Whether a run, by its resolved config, trains on single frames."""
+    data = values["data"]
+    table = (data.get("buckets") or {}).get("table", ())
+    lengths = [data.get("num_frames"), *(bucket["num_frames"] for bucket in table)]
+    return bool(values.get("images")) or 1 in lengths or values["task"]["model"]["grid"][0] == 1
