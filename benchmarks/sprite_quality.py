@@ -39,10 +39,10 @@ from walt_jax.data.sprites import sprite_video, write_sprites
 from walt_jax.demo import CONFIGS, FRAMES, SIZE, SPRITES
 from walt_jax.diffusion import Constant, Ddim
 from walt_jax.errors import UserError
+from walt_jax.generation import Generator
 from walt_jax.media import frame_grid, write_png
 from walt_jax.models import count
 from walt_jax.models.tokenizer.frozen import FrozenTokenizer
-from walt_jax.sampling import Generator
 from walt_jax.tasks import to_uint8, to_unit
 from walt_jax.training.experiment import Experiment
 from walt_jax.training.loop import train

@@ -8,7 +8,7 @@
 The tokenizer is that of `configs/tokenizer_k600.py`; all but what is here is
 `configs/walt_ucf101.py`'s, whose docstring says more. The L model is given the first two latent
 frames, which are five of pixels, and generates the other three; it has no classes. Four clips of
-each of 384,000 videos take 31 GB as latents. `walt_jax.sampling.Generator.sample` takes the given
+each of 384,000 videos take 31 GB as latents. `walt_jax.generation.Generator.sample` takes the given
 latents as `given` and `given_mask`.
 
 Hardware: as there; 4.5e20 FLOPs, 1600 chip-hours of TPU v5e at an assumed 40 % of its peak.

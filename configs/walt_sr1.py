@@ -7,7 +7,7 @@
 Each step shrinks the clips, encodes both resolutions by the tokenizer of
 `configs/tokenizer_t2v.py`, and adds noise to the small latents; so the data are pixels, not
 latents. All but what is here is `configs/walt_t2v.py`'s, whose docstring says more, of text and its
-encoder too. `walt_jax.sampling.Generator.sample` takes the low-resolution latents as `low`.
+encoder too. `walt_jax.generation.Generator.sample` takes the low-resolution latents as `low`.
 
 1.3B parameters (40 layers of width 1408, patches of 2x2; table 8), no self-conditioning: the
 low-resolution latents are an estimate already.

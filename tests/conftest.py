@@ -13,10 +13,12 @@ if __version_info__ < (0, 11):
 
 import jax
 import pytest
+from runs import copied, denoiser_run, denoiser_values, tokenizer_run
 
 from walt_jax.data.preparation import prepare_dataset
 from walt_jax.data.sprites import SpriteConfig, write_sprites
 
+__all__ = ["copied", "denoiser_run", "denoiser_values", "sprite_records", "tokenizer_run"]
 jax.config.update("jax_num_cpu_devices", 8)
 
 

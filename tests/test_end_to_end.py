@@ -17,7 +17,7 @@ from walt_jax.data.pipeline import Pipeline
 from walt_jax.data.records import open_dataset
 from walt_jax.diffusion import Ddim
 from walt_jax.errors import UserError
-from walt_jax.sampling import Generator
+from walt_jax.generation import Generator
 from walt_jax.tasks import to_unit
 from walt_jax.training.experiment import Experiment
 from walt_jax.training.loop import train

@@ -31,9 +31,9 @@ from walt_jax.diffusion import Constant, Ddim
 from walt_jax.errors import UserError
 from walt_jax.evaluation.measures import ReadBack
 from walt_jax.gallery import Section, write_gallery
+from walt_jax.generation import Generator
 from walt_jax.media import frame_grid, write_mp4, write_png
 from walt_jax.models.tokenizer.frozen import FrozenTokenizer
-from walt_jax.sampling import Generator
 from walt_jax.tasks import to_uint8, to_unit
 from walt_jax.training.experiment import Experiment
 from walt_jax.training.loop import train

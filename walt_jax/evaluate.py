@@ -31,8 +31,8 @@ from walt_jax.evaluation.follow import follow, steps_of
 from walt_jax.evaluation.measures import Frechet
 from walt_jax.evaluation.reconstruct import Reconstructor
 from walt_jax.evaluation.scores import Score
+from walt_jax.generation import Generator
 from walt_jax.parallel import MeshConfig, distributed, make_mesh
-from walt_jax.sampling import Generator
 
 _BATCH = 8  # clips given to a feature network at once; no feature depends on it
 

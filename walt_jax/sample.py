@@ -11,8 +11,8 @@ from walt_jax import cli
 from walt_jax.diffusion import Constant, Sampler, Scale
 from walt_jax.errors import UserError
 from walt_jax.gallery import Section, write_gallery
+from walt_jax.generation import Generator
 from walt_jax.media import frame_grid, write_mp4, write_png
-from walt_jax.sampling import Generator
 
 
 def main(argv: Sequence[str] | None = None) -> None:

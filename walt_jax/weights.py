@@ -11,8 +11,9 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 
+import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
+import safetensors
 from etils import epath
 
 from walt_jax.errors import UserError
@@ -141,8 +142,22 @@ def _npz(data: bytes) -> dict[str, np.ndarray]:
         return {name: np.asarray(file[name]) for name in file.files}
 
 
+def _safetensors(data: bytes) -> dict[str, np.ndarray]:
+    """With bfloat16, which the library's own reader for NumPy refuses."""
+    return {
+        name: np.frombuffer(view["data"], _DTYPES[view["dtype"]]).reshape(view["shape"])
+        for name, view in safetensors.deserialize(data)
+    }
+
+
+_DTYPES = {
+    **{f"F{8 * n}": np.dtype(f"<f{n}") for n in (2, 4, 8)},
+    **{f"{k}{8 * n}": np.dtype(f"<{k.lower()}{n}") for k in "IU" for n in (1, 2, 4, 8)},
+    "BF16": np.dtype(jnp.bfloat16),
+    "BOOL": np.dtype(bool),
+}
 _PARSERS: dict[str, Callable[[bytes], dict[str, np.ndarray]]] = {
-    ".safetensors": safetensors.numpy.load,
+    ".safetensors": _safetensors,
     ".npz": _npz,
     ".pt": read_tensors,
     ".pth": read_tensors,

@@ -12,7 +12,7 @@ temporal attention, then spatial attention. The unified mask says which latents 
 stand in the place of the noisy ones. `config.task.given` says how often which task is drawn; the
 paper lists the tasks and not their shares, so these are ours: 15 % first frames, 10 % last ones,
 10 % both ends, 15 % every other frame, 15 % random frames, 15 % all but a region, 20 % nothing
-(generation). `walt_jax.sampling.Generator.sample` takes the given latents as `given` and
+(generation). `walt_jax.generation.Generator.sample` takes the given latents as `given` and
 `given_mask`.
 
 Hardware: as there; 400,000 steps of 256 clips (our choice) come to 1.5e21 FLOPs, 5400 chip-hours of

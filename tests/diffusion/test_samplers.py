@@ -296,6 +296,32 @@ def test_the_estimate_is_the_last_prediction(make, calls):
     np.testing.assert_allclose(out, calls, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("sampler", "process"), [(Ddim, Linear()), (DpmSolver, Linear()), (Heun, RectifiedFlow())]
+)
+def test_a_start_is_noised_to_its_time_and_the_later_steps_taken(sampler, process):
+    """An exact network, of data at one point, brings any start there; the first input is noised."""
+    target = V() if process.variance_preserving else Velocity()
+    what, seen = Diffusion(process=process, target=target), []
+    noise, start = jnp.ones((2, 3)), jnp.full((2, 3), 5.0)
+
+    def predict(x, t, estimate):
+        jax.debug.callback(lambda *now: seen.append(now), x, t, ordered=True)
+        signal, level = process.levels(t, x)
+        x0 = jnp.full_like(x, 2.0)
+        return what.target.of(x0, (x - signal * x0) / level, signal, level)
+
+    out = sampler(num_steps=10)(predict, noise, None, what, start, 0.4)
+    np.testing.assert_allclose(out, 2.0, atol=1e-4)
+    times = [float(t[0]) for _, t in seen]
+    grid = process.grid(10)
+    assert times[0] == max(t for t in grid.times if t <= 0.4 * process.num_timesteps)
+    assert sorted(set(times)) == sorted(grid.times[-4:])
+    np.testing.assert_allclose(
+        seen[0][0], what.add_noise(start, noise, jnp.asarray(seen[0][1])), rtol=1e-5
+    )
+
+
 def test_network_is_traced_once_and_sees_the_times():
     seen = []
 

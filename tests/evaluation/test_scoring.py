@@ -10,8 +10,8 @@ from walt_jax import config as config_lib
 from walt_jax.errors import UserError
 from walt_jax.evaluation import partial, scores, scoring
 from walt_jax.evaluation.evaluators import Fvd, Sampling, SpriteReadBack
+from walt_jax.generation import Generator
 from walt_jax.parallel import MeshConfig, make_mesh
-from walt_jax.sampling import Generator
 
 SAMPLING = Sampling(
     changes=("num_frames=5", "num_samples=10", "folds=2"), num_steps=2, per_device=2

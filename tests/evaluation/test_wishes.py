@@ -14,7 +14,7 @@ from walt_jax.evaluation.clips import Clips
 from walt_jax.evaluation.evaluators import Sampling
 from walt_jax.evaluation.protocols import Protocol
 from walt_jax.evaluation.wishes import Wishes
-from walt_jax.sampling import Generator
+from walt_jax.generation import Generator
 from walt_jax.tasks import to_uint8, to_unit
 from walt_jax.training.experiment import Experiment
 from walt_jax.training.tokenizers import keep_tokenizer

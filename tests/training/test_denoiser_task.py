@@ -322,8 +322,28 @@ def test_super_resolution_reads_the_averaged_pixels():
 
 def test_an_image_is_sampled_by_a_model_of_videos():
     keys = jax.random.split(jax.random.key(0), 2)
-    z = TASK.sample(random_params(TASK), Pixels(), Wanted(), keys, Ddim(num_steps=1), image=True)
+    options = {"sampler": Ddim(num_steps=1), "grid": (1, 4, 4)}
+    z = TASK.sample(random_params(TASK), Pixels(), Wanted(), keys, **options)
     assert z.shape == (2, 1, 4, 4, 2) and np.isfinite(z).all()
+    start = Wanted(start=np.zeros((2, 3, 4, 4, 2), np.float32))
+    with pytest.raises(UserError, match=r"grid of \(1, 4, 4\) latents takes 'start'.*not \(3, 4"):
+        TASK.sample({}, Pixels(), start, keys, **options)
+
+
+def test_sampling_starts_from_noised_latents():
+    """The fewer steps are left, the nearer to the start; strength 1 is noise alone."""
+    keys, params = jax.random.split(jax.random.key(0), 2), random_params(TASK)
+    start = np.random.default_rng(1).normal(size=(2, 3, 4, 4, 2)).astype(np.float32)
+
+    def sample(strength, start=start):
+        wanted, sampler = Wanted(start=start), Ddim(num_steps=10)
+        return TASK.sample(params, Pixels(), wanted, keys, sampler, strength=strength)
+
+    moved = [float(np.abs(sample(strength) - start).mean()) for strength in (0.1, 0.4, 0.8)]
+    assert 0 < moved[0] < moved[1] < moved[2]
+    np.testing.assert_allclose(sample(1.0), sample(1.0, None), atol=1e-5)  # zero terminal SNR
+    with pytest.raises(UserError, match=r"leaves none of the 10 steps.*raise strength"):
+        sample(0.01)
 
 
 def test_a_learned_variance_and_flow_train_and_sample():

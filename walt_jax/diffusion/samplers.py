@@ -66,7 +66,13 @@ class Sampler(abc.ABC):
         """The next x and memory, of this evaluation's coefficients; `draw` gives fresh noise."""
 
     def __call__(
-        self, predict: Predict, noise: jax.Array, keys: jax.Array | None, diffusion: Diffusion
+        self,
+        predict: Predict,
+        noise: jax.Array,
+        keys: jax.Array | None,
+        diffusion: Diffusion,
+        start: jax.Array | None = None,
+        strength: float = 1.0,
     ) -> jax.Array:
         """Samples.
 
@@ -77,15 +83,25 @@ class Sampler(abc.ABC):
           keys: (B,), a key a sample, for the noise of its steps; None will do for samplers that
             are deterministic.
           diffusion: what was trained.
+          start: like `noise`, data to start from, noised, instead of noise alone (SDEdit,
+            2108.01073); None for noise.
+          strength: with `start`, the share of the process's time at which to start; steps before
+            it are left out.
 
         Returns:
           x_0, float32, the shape of `noise`. A sample depends on its noise and key only.
 
         Raises:
-          UserError: what was trained does not admit this sampler or so many steps.
+          UserError: what was trained does not admit this sampler or so many steps, or no step is
+            left.
         """
         self.check(diffusion)
-        times, coefficients = self.plan(diffusion.process.grid(self.num_steps))
+        grid = diffusion.process.grid(self.num_steps)
+        x = noise.astype(jnp.float32)
+        if start is not None:
+            grid = grid.until(strength * diffusion.process.num_timesteps)
+            x = float(grid.signal[0]) * start + float(grid.noise[0]) * x
+        times, coefficients = self.plan(grid)
         times = times.astype(np.int32 if diffusion.process.discrete else np.float32)
         coefficients = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), coefficients)
 
@@ -103,10 +119,9 @@ class Sampler(abc.ABC):
             x, memory = self.step(x, prediction, c, memory, draw)
             return (x, prediction.x0, memory), None
 
-        x = noise.astype(jnp.float32)
-        start = (x, jnp.zeros_like(x), self.remember(x))
+        carry = (x, jnp.zeros_like(x), self.remember(x))
         inputs = (np.arange(len(times)), jnp.asarray(times), coefficients)
-        return jax.lax.scan(evaluation, start, inputs)[0][0]
+        return jax.lax.scan(evaluation, carry, inputs)[0][0]
 
     def _thresholded(
         self, prediction: Prediction, x: jax.Array, t: jax.Array, diffusion: Diffusion

@@ -31,6 +31,20 @@ class Grid(NamedTuple):
     signal: np.ndarray
     noise: np.ndarray
 
+    def until(self, time: float) -> "Grid":
+        """Without the times after `time`.
+
+        Raises:
+          UserError: all of them are.
+        """
+        first = int(np.sum(self.times > time))
+        if first == len(self.times):
+            raise UserError(
+                f"A start at time {time:g} leaves none of the {first} steps, the last of which is "
+                f"at {self.times[-1]:g}: raise strength or the number of steps."
+            )
+        return Grid(self.times[first:], self.signal[first:], self.noise[first:])
+
 
 class Process(abc.ABC):
     """The interface of all processes."""

@@ -14,8 +14,8 @@ from walt_jax import config as config_lib
 from walt_jax.evaluation import scores, scoring
 from walt_jax.evaluation.evaluators import Evaluator
 from walt_jax.evaluation.reconstruct import Reconstructor
+from walt_jax.generation import Generator
 from walt_jax.models.tokenizer.frozen import FrozenTokenizer, network
-from walt_jax.sampling import Generator
 from walt_jax.tasks import DenoiserTask
 from walt_jax.training.state import TrainState
 

@@ -27,8 +27,8 @@ from walt_jax.evaluation.reconstruct import Reconstructor
 from walt_jax.evaluation.reference import Statistics
 from walt_jax.evaluation.scores import Record, Score
 from walt_jax.evaluation.wishes import Wishes
+from walt_jax.generation import Generator
 from walt_jax.media import frame_grid
-from walt_jax.sampling import Generator
 
 FOLDER = "evaluation"  # in a workdir: sums on the way, reference statistics, samples to look at
 _SHOWN = 8

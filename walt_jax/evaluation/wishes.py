@@ -12,7 +12,7 @@ from walt_jax.evaluation.clips import Clips
 from walt_jax.evaluation.evaluators import Sampling
 from walt_jax.evaluation.protocols import Protocol
 from walt_jax.evaluation.scores import Record
-from walt_jax.sampling import Generator
+from walt_jax.generation import Generator
 from walt_jax.tasks import Wanted, to_unit
 
 _LABELS, _ORDER = 7, 8  # tags of the random draws of classes, and of the clips that are continued

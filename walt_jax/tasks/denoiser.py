@@ -27,7 +27,7 @@ from walt_jax.tasks.base import (
     to_unit,
     uniform,
 )
-from walt_jax.tasks.given import GivenConfig, draw_masks
+from walt_jax.tasks.given import GivenConfig, Grid, draw_masks
 from walt_jax.tasks.wanted import Wanted
 from walt_jax.training.denoisers import TEXT, start_from, without_text
 from walt_jax.training.tokenizers import find_tokenizer, keep_tokenizer
@@ -255,7 +255,8 @@ class DenoiserTask(Task, name="denoiser"):
         *,
         given_guidance: Scale = NONE,
         low_noise: float | None = None,
-        image: bool = False,
+        grid: Grid | None = None,
+        strength: float = 1.0,
         layout: Layout = Layout(),  # noqa: B008
     ) -> jax.Array:
         """Videos of what is wanted.
@@ -270,20 +271,19 @@ class DenoiserTask(Task, name="denoiser"):
           given_guidance: by the given latents, likewise.
           low_noise: time of the noise on the low-resolution latents, a share of the process's;
             by default 0.05, or what training had at most.
-          image: one frame instead of all.
+          grid: (T, H, W) of the latents, by default the model's; one frame makes an image.
+          strength: with `wanted.start`, the share of the process's time to start from.
           layout: where activations lie on the mesh.
 
         Returns:
           float32 (B, T, H, W, 3) in [-1, 1].
 
         Raises:
-          UserError: `wanted` is not what the model was built for.
+          UserError: `wanted` or the grid is not what the model was built for.
         """
-        wanted.check(self.model)
-        if image and wanted.given is not None:
-            raise UserError("An image is sampled without 'given', which is of whole clips.")
-        frames = 1 if image else self.model.grid[0]
-        noise = standard_normal(keys, (frames, *self.model.grid[1:], self.model.latent_channels))
+        grid = grid or self.model.grid
+        wanted.check(self.model, grid)
+        noise = standard_normal(keys, (*grid, self.model.latent_channels))
         share = jnp.full(
             keys.shape[0], min(0.05, self.low_noise) if low_noise is None else low_noise
         )
@@ -313,7 +313,7 @@ class DenoiserTask(Task, name="denoiser"):
                 estimate = jnp.where(mask, wanted.given, estimate)
             return guided(x, t, estimate)
 
-        z = sampler(placed, noise, keys, self.diffusion)
+        z = sampler(placed, noise, keys, self.diffusion, wanted.start, strength)
         if wanted.given is not None:
             z = jnp.where(wanted.given_mask[..., None], wanted.given, z)
         return frozen.decode(z, layout)

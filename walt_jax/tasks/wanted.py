@@ -1,6 +1,7 @@
 """What a denoiser is to show, and how guidance takes it apart."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ class Wanted:
       text: uint8 (B, M), captions as bytes; all 0 for none.
       given: (B, T, H, W, C), clean latents; given_mask: bool (B, T, H, W), where they are given.
       low: (B, T, H / fh, W / fw, C), latents of the clips at low resolution.
+      start: (B, T, H, W, C), clean latents that sampling starts from, noised, instead of noise.
     """
 
     label: jax.Array | None = None
@@ -27,9 +29,10 @@ class Wanted:
     given: jax.Array | None = None
     given_mask: jax.Array | None = None
     low: jax.Array | None = None
+    start: jax.Array | None = None
 
-    def check(self, model: DenoiserConfig) -> None:
-        """Refuses what a model cannot show.
+    def check(self, model: DenoiserConfig, grid: Sequence[int]) -> None:
+        """Refuses what a model cannot show on a grid (T, H, W) of latents.
 
         Raises:
           UserError: something is said that the model was not built for, or lacking.
@@ -53,6 +56,13 @@ class Wanted:
             )
         if (self.given is None) != (self.given_mask is None):
             raise UserError("Sampling takes 'given' and 'given_mask' together: give both.")
+        for name in ("given", "given_mask", "start"):
+            array = getattr(self, name)
+            if array is not None and tuple(array.shape[1:4]) != tuple(grid):
+                raise UserError(
+                    f"Sampling on a grid of {tuple(grid)} latents takes {name!r} of that shape, "
+                    f"not {tuple(array.shape[1:4])}: encode clips of that size."
+                )
 
     def steps(
         self, num_classes: int, guidance: Scale, given_guidance: Scale

@@ -14,16 +14,20 @@ from walt_jax.models import Params, TokenizerConfig
 from walt_jax.models.tokenizer.frozen import FrozenTokenizer, network
 from walt_jax.parallel.sharding import path_of
 from walt_jax.training.checkpoints import Checkpoints, numbered
+from walt_jax.training.exports import is_export, read_tokenizer
 
 FOLDER = "tokenizer"
 
 
 def load_tokenizer(workdir: str | Path, step: int | None = None) -> FrozenTokenizer:
-    """The tokenizer of a run of the tokenizer task (its moving average), or of a denoiser's copy.
+    """The tokenizer of a run of the tokenizer task (its moving average), of a denoiser's copy, or
+    of an export.
 
     Raises:
       UserError: the folder holds neither, or no checkpoint yet.
     """
+    if is_export(workdir):
+        return read_tokenizer(workdir)
     copy = epath.Path(workdir) / FOLDER
     if copy.exists():
         return _read(copy)

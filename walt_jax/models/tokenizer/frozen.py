@@ -44,6 +44,13 @@ class FrozenTokenizer:
     ) -> "FrozenTokenizer":
         """From weights and the first two moments of the latents, all numpy."""
         std = np.sqrt(np.maximum(square - mean**2, 1e-6)).astype(np.float32)
+        return cls.of(config, params, mean, std)
+
+    @classmethod
+    def of(
+        cls, config: TokenizerConfig, params: Any, mean: np.ndarray, std: np.ndarray
+    ) -> "FrozenTokenizer":
+        """From its parts, all numpy; the hash is made of them."""
         config = dataclasses.replace(config, remat=False)  # how it was trained, not what it is
         digest = hashlib.sha256(json.dumps(to_dict(config)).encode())
         for leaf in [*jax.tree.leaves(params), mean, std]:

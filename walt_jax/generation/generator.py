@@ -22,6 +22,8 @@ from walt_jax.parallel.sharding import batch_sharding, place, replicated
 from walt_jax.progress import bar as progress_bar
 from walt_jax.tasks import DenoiserTask, Task, Wanted, to_uint8
 from walt_jax.tasks.denoiser import NONE
+from walt_jax.tasks.given import Grid
+from walt_jax.training import exports
 from walt_jax.training.checkpoints import Checkpoints
 from walt_jax.training.tokenizers import load_tokenizer
 
@@ -60,19 +62,28 @@ class Generator:
         weights: Weights = "ema",
         mesh: Mesh | None = None,
     ) -> "Generator":
-        """Loads a run's newest checkpoint, or that of `step`.
+        """Loads a run's newest checkpoint, or that of `step`, or an export's weights.
 
         Raises:
-          UserError: the workdir holds no run of a denoiser, or no such checkpoint.
+          UserError: the folder holds no denoiser, or no such checkpoint.
         """
         values = config_lib.read_resolved(workdir)
         task = config_lib.build(Task, values["task"], "config.task")
         if not isinstance(task, DenoiserTask):
             raise UserError(f"{workdir} is a run of another task: sample from a denoiser's.")
-        with Checkpoints(workdir, read_only=True) as checkpoints:
-            name = "ema" if weights == "ema" else "params"
-            params = checkpoints.restore_part((name,), step)[name]
-            step = checkpoints.restored
+        name = "ema" if weights == "ema" else "params"
+        if exports.is_export(workdir):
+            about = exports.about_export(workdir)
+            if step not in (None, about["step"]) or name != about["part"]:
+                raise UserError(
+                    f"{workdir} holds {about['part']} of step {about['step']} alone: ask for that, "
+                    "or load the run's workdir."
+                )
+            params, step = exports.read_weights(workdir), about["step"]
+        else:
+            with Checkpoints(workdir, read_only=True) as checkpoints:
+                params = checkpoints.restore_part((name,), step)[name]
+                step = checkpoints.restored
         about_file = epath.Path(workdir) / config_lib.DATASET
         if not about_file.exists():
             raise UserError(f"{about_file} is missing: copy the whole workdir of the training.")
@@ -142,8 +153,10 @@ class Generator:
         given: np.ndarray | None = None,
         given_mask: np.ndarray | None = None,
         low: np.ndarray | None = None,
+        start: np.ndarray | None = None,
+        strength: float = 1.0,
         count: int | None = None,
-        image: bool = False,
+        grid: Grid | None = None,
         seed: int = 0,
         sampler: Sampler = Ddim(),  # noqa: B008
         guidance: Scale = NONE,
@@ -162,8 +175,10 @@ class Generator:
           given: float32 (N, T, H, W, C), clean latents, where the model takes such; given_mask:
             bool (N, T, H, W), which of them.
           low: float32 (N, T, h, w, C), low-resolution latents, where the model takes such.
+          start: float32 (N, T, H, W, C), clean latents to start from, noised (SDEdit, 2108.01073);
+            strength: the share of the process's time to start at, of which the steps are taken.
           count: N, where nothing else says it.
-          image: one frame instead of all.
+          grid: (T, H, W) of the latents, by default the model's; T = 1 makes images.
           seed: of the noise.
           sampler: with its number of steps.
           guidance: strength of classifier-free guidance by class and text.
@@ -186,15 +201,17 @@ class Generator:
             given=given,
             given_mask=given_mask,
             low=low,
+            start=start,
         )
         counts = {len(leaf) for leaf in jax.tree.leaves(wanted)} | ({count} if count else set())
         if len(counts) != 1:
             raise UserError(
                 f"Sampling needs one number of videos, got {sorted(counts) or 'none'}: labels, "
-                "prompts, given and low must have one entry a video, or say count."
+                "prompts, given, low and start must have one entry a video, or say count."
             )
         total, classes = counts.pop(), self.task.model.num_classes
-        wanted.check(self.task.model)
+        grid = tuple(grid or self.task.model.grid)
+        wanted.check(self.task.model, grid)
         if labels is not None and not 0 <= np.min(labels) <= np.max(labels) <= classes:
             raise UserError(
                 f"The labels go from {np.min(labels)} to {np.max(labels)}, but this model has "
@@ -212,7 +229,8 @@ class Generator:
             guidance=guidance,
             given_guidance=given_guidance,
             low_noise=low_noise,
-            image=image,
+            grid=grid,
+            strength=strength,
             per_device=-(-min(batch_size, total) // shards),
         ):
             videos.append(batch)
@@ -230,7 +248,8 @@ class Generator:
         guidance: Scale = NONE,
         given_guidance: Scale = NONE,
         low_noise: float | None = None,
-        image: bool = False,
+        grid: Grid | None = None,
+        strength: float = 1.0,
         per_device: int = 1,
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Any of the videos of a seed, batch by batch, with constant memory.
@@ -250,7 +269,10 @@ class Generator:
         """
         mesh = self.mesh or make_mesh(MeshConfig())
         size = per_device * _shards(mesh)
-        run = _program(self.task, mesh, sampler, guidance, given_guidance, low_noise, image)
+        grid = grid or self.task.model.grid
+        run = _program(
+            self.task, mesh, sampler, guidance, given_guidance, low_noise, grid, strength
+        )
 
         with jax.set_mesh(mesh):
             everywhere = jax.tree.map(lambda _: replicated(mesh), self.tokenizer)
@@ -291,7 +313,8 @@ def _program(
     guidance: Scale,
     given_guidance: Scale,
     low_noise: float | None,
-    image: bool,
+    grid: Grid,
+    strength: float,
 ) -> Callable[..., jax.Array]:
     """What samples: (params, tokenizer, wanted, numbers, seed) -> pixels, lying as a batch does.
 
@@ -311,7 +334,8 @@ def _program(
             guidance,
             given_guidance=given_guidance,
             low_noise=low_noise,
-            image=image,
+            grid=grid,
+            strength=strength,
             layout=layout,
         )
 
