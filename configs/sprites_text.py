@@ -1,6 +1,6 @@
-"""A small W.A.L.T for captions and given frames: the model that ships as `walt_jax.load("sprites")`.
+"""A small W.A.L.T for captions and given frames, the one of `walt_jax.load("sprites")`.
 
-    python -m benchmarks.sprite_generation --out out/sprite_generation --minutes 30
+    python -m benchmarks.sprite_generation --out out/sprite_generation
 
 makes the videos, trains the tokenizer (`:tokenizer`) and this, and judges samples; or step by step:
 
