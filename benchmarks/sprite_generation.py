@@ -49,7 +49,7 @@ EVERY = SpriteConfig(
     aspects=("1:1",),
     seconds=(2.2, 2.3),
     fps=(8, 16),
-    sizes=(0.34, 0.4),
+    sizes=(0.38, 0.44),
 )
 _PARTS = (EVERY.colours, EVERY.shapes, EVERY.directions)
 # A quarter of the classes, so that every pair of shape, colour and direction is trained on.

@@ -4,8 +4,8 @@
 
 makes the videos, trains the tokenizer (`:tokenizer`) and this, and judges samples; or step by step:
 
-    python -m walt_jax.data.sprites --output out/sprites --num 1440 --aspects 1:1 --fps 8 16 \
-        --backgrounds black white gray yellow --seconds 2.2 2.3 --sizes 0.34 0.4
+    python -m walt_jax.data.sprites --output out/sprites --num 1200 --aspects 1:1 --fps 8 16 \
+        --backgrounds black white gray yellow --seconds 2.2 2.3 --sizes 0.38 0.44
     python -m walt_jax.prepare --input out/sprites/manifest.jsonl --output out/records
     python -m walt_jax.train --config configs/sprites_text.py:tokenizer --workdir out/tokenizer \
         --config.data.path=out/records
