@@ -6,6 +6,60 @@ from pathlib import Path
 import av
 import cv2
 import numpy as np
+from PIL import Image
+
+
+class Mp4Writer:
+    """Writes a video to H.264 in mp4 as its frames come; the file appears when all are there.
+
+    with Mp4Writer("video.mp4", fps=8) as writer:
+        for frames in pieces:
+            writer.write(frames)
+    """
+
+    def __init__(self, path: str | Path, fps: float, *, crf: int = 18) -> None:
+        """See `write_mp4`."""
+        self._path, self._fps, self._crf = Path(path), fps, crf
+        self._partial = self._path.with_name(f".{self._path.name}.partial")
+        self._container, self._stream = None, None
+
+    def __enter__(self) -> "Mp4Writer":
+        self._container = av.open(str(self._partial), "w", format="mp4")
+        return self
+
+    def write(self, frames: np.ndarray) -> None:
+        """Adds uint8 RGB frames (T, H, W, 3), all of the first ones' size."""
+        frames = _checked(frames, self._path)
+        height, width = frames.shape[1:3]
+        frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+        if self._stream is None:
+            rate = Fraction(float(self._fps)).limit_denominator(1001)
+            self._stream = self._container.add_stream("libx264", rate=rate)
+            self._stream.width, self._stream.height = frames.shape[2], frames.shape[1]
+            self._stream.pix_fmt = "yuv420p"
+            self._stream.options = {"crf": str(self._crf), "preset": "veryfast"}
+        for frame in frames:
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            self._container.mux(self._stream.encode(picture))
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        """Ends the file; after an error there is none."""
+        if kind is None and self._stream is not None:
+            self._container.mux(self._stream.encode())
+        self._container.close()
+        if kind is None:
+            self._partial.replace(self._path)
+        else:
+            self._partial.unlink(missing_ok=True)
+
+
+def _checked(frames: np.ndarray, path: str | Path) -> np.ndarray:
+    frames = np.asarray(frames)
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
+        raise ValueError(
+            f"A video is uint8 (T, H, W, 3), got {frames.dtype} {frames.shape} for {path}."
+        )
+    return frames
 
 
 def write_mp4(path: str | Path, frames: np.ndarray, fps: float, *, crf: int = 18) -> None:
@@ -17,21 +71,17 @@ def write_mp4(path: str | Path, frames: np.ndarray, fps: float, *, crf: int = 18
       fps: frames a second.
       crf: x264's constant rate factor; 0 is near lossless, 18 visually lossless, 51 the worst.
     """
-    frames = np.asarray(frames)
-    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
-        raise ValueError(
-            f"write_mp4 takes uint8 (T, H, W, 3), got {frames.dtype} {frames.shape} for {path}."
-        )
-    height, width = frames.shape[1:3]
-    frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=Fraction(float(fps)).limit_denominator(1001))
-        stream.width, stream.height = frames.shape[2], frames.shape[1]
-        stream.pix_fmt = "yuv420p"
-        stream.options = {"crf": str(crf), "preset": "veryfast"}
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
+    frames = _checked(frames, path)
+    with Mp4Writer(path, fps, crf=crf) as writer:
+        writer.write(frames)
+
+
+def write_gif(path: str | Path, frames: np.ndarray, fps: float) -> None:
+    """Writes uint8 RGB frames (T, H, W, 3) as a GIF that repeats, each with its own 256 colours."""
+    pictures = [Image.fromarray(frame) for frame in _checked(frames, path)]
+    pictures[0].save(
+        path, save_all=True, append_images=pictures[1:], duration=1000 / fps, loop=0, optimize=False
+    )
 
 
 def write_png(path: str | Path, image: np.ndarray) -> None:

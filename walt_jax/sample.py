@@ -1,116 +1,98 @@
-"""`python -m walt_jax.sample --workdir DIR --labels ... --out DIR`: generates videos."""
+"""`python -m walt_jax.sample --workdir DIR --prompt ... --out DIR`: generates videos."""
 
 import argparse
-import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
-import numpy as np
-
+import walt_jax
 from walt_jax import cli
-from walt_jax.diffusion import Constant, Sampler, Scale
+from walt_jax.diffusion import Sampler, Scale
 from walt_jax.errors import UserError
-from walt_jax.gallery import Section, write_gallery
-from walt_jax.generation import Generator
-from walt_jax.media import frame_grid, write_mp4, write_png
+from walt_jax.generation import TASKS
+from walt_jax.generation.output import PAGE, settings_of, write_samples
+from walt_jax.generation.sources import read_prompts
+from walt_jax.parallel.mesh import make_mesh, parse_mesh
+
+_NOTHING_SAID = 16  # videos, where neither text nor a picture says how many
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Reads the command line, samples, and writes mp4 files, a frame grid and a gallery."""
-    parser = cli.config_parser(
-        "Samples videos from a trained denoiser.", config=False, overrides=False
-    )
-    parser.add_argument("--labels", default="", help="classes, names or numbers, by commas")
-    parser.add_argument("--prompt", action="append", help="a text; may be given several times")
-    parser.add_argument(
-        "--num", type=int, default=16, help="videos, labels and prompts taking turns"
-    )
-    parser.add_argument(
-        "--guidance", type=float, help="its strength, 1 is none (default: none, or the schedule's)"
-    )
-    parser.add_argument(
-        "--guidance_schedule",
-        choices=sorted(Scale.registry),
-        default="constant",
-        help="how its strength goes over time (default constant)",
-    )
-    parser.add_argument(
-        "--sampler", choices=sorted(Sampler.registry), help="default: the config's kind"
-    )
-    parser.add_argument("--steps", type=int, default=50, help="steps of the sampler (default 50)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--checkpoint", type=int, help="step of the checkpoint (default: newest)")
-    parser.add_argument("--batch_size", type=int, default=16, help="videos at a time")
-    parser.add_argument("--out", required=True, help="folder to write to")
-    args, overrides = cli.parse(parser, argv)
+    """Reads the command line, samples, and writes videos, a frame grid and a gallery."""
+    args, overrides = cli.parse(_parser(), argv)
     if overrides:
         raise UserError("sample takes the config of its --workdir: leave --config.* out.")
     for name in ("num", "batch_size", "steps"):
-        if getattr(args, name) < 1:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1, got {getattr(args, name)}.")
-    generator = Generator.load(args.workdir, args.checkpoint)
-    task, model = generator.task, generator.task.model
-    scale = Scale.registry[args.guidance_schedule]
-    scale = scale() if args.guidance is None else scale(scale=args.guidance)
-    if scale != Constant() and not (model.num_classes or model.text_features):
-        raise UserError("This model has no classes and reads no text: leave --guidance out.")
-    kind = args.sampler or task.sampler.name
-    if kind == task.sampler.name:
-        sampler = dataclasses.replace(task.sampler, num_steps=args.steps)
-    else:
-        sampler = Sampler.registry[kind](num_steps=args.steps)
-    labels, prompts, captions = _wanted(generator, args)
-    videos = generator.sample(
-        labels,
-        prompts=prompts,
-        count=args.num,
-        seed=args.seed,
-        sampler=sampler,
-        guidance=scale,
-        batch_size=args.batch_size,
+    wishes = _wishes(args)
+    mesh = make_mesh(parse_mesh(args.mesh)) if args.mesh else None
+    walt = walt_jax.load(args.workdir, step=args.checkpoint, mesh=mesh)
+    fps = walt.fps / walt.generator.sizes.every(args.fps)
+    request = walt.request(**wishes)  # so that what does not fit is told before anything is made
+    videos = walt.sample(fps=args.fps, **wishes)
+    write_samples(args.out, videos, settings_of(request, fps, args.workdir), fps, args.format)
+    print(f"{len(videos)} videos in {args.out}; look at {args.out}/{PAGE}")
+
+
+def _wishes(args: argparse.Namespace) -> dict[str, Any]:
+    """The command line as the arguments of `Walt.request`."""
+    labels = [name.strip() for name in args.labels.split(",") if name.strip()]
+    prompts = [*args.prompt, *(read_prompts(args.prompts_file) if args.prompts_file else [])]
+    num = args.num
+    if num is None and not (labels or prompts or args.image or args.video):
+        num = _NOTHING_SAID
+    guidance = None
+    if args.guidance is not None or args.guidance_schedule != "constant":
+        scale = Scale.registry[args.guidance_schedule]
+        guidance = scale() if args.guidance is None else scale(scale=args.guidance)
+    same = ("task", "image", "video", "mask", "size", "seconds", "direction", "strength", "seed")
+    same = (*same, "negative_prompt", "given_guidance", "sampler", "steps", "batch_size")
+    return {
+        "prompt": prompts or None,
+        "label": labels or None,
+        "num": num,
+        "guidance": guidance,
+        **{name: getattr(args, name) for name in same},
+    }
+
+
+def _parser() -> argparse.ArgumentParser:
+    tasks = "\n".join(f"  {task.name:15} {task.summary}" for task in TASKS.values())
+    parser = cli.config_parser(
+        "Samples videos from a trained denoiser: the workdir of its run, a folder of\n"
+        f"walt_jax.export, or the name of a model that comes with walt_jax. Tasks:\n{tasks}",
+        config=False,
+        overrides=False,
     )
-    settings = (
-        f"step {generator.step}, {args.steps} steps of {kind}, {args.guidance_schedule} guidance "
-        f"{scale.scale:g}, seed {args.seed}"
-    )
-    write_samples(Path(args.out), videos, captions, generator.fps, settings)
-    print(f"{args.num} videos in {args.out}; look at {args.out}/index.html")
-
-
-def _wanted(
-    generator: Generator, args: argparse.Namespace
-) -> tuple[np.ndarray | None, list[str] | None, list[str]]:
-    """Labels, prompts and what to write under each video."""
-    names = [n.strip() for n in args.labels.split(",") if n.strip()]
-    classes = generator.task.model.num_classes
-    labels = prompts = None
-    captions = [""] * args.num
-    if classes or names:
-        chosen = generator.labels(names) if names else np.arange(classes, dtype=np.int32)
-        labels = np.resize(chosen, args.num)
-        captions = [generator.name(i) for i in labels]
-    if generator.task.text is not None or args.prompt:
-        given = args.prompt or [""]
-        prompts = [given[i % len(given)] for i in range(args.num)]
-        captions = [", ".join(filter(None, pair)) for pair in zip(captions, prompts)]
-    return labels, prompts, captions
-
-
-def write_samples(
-    folder: Path, videos: np.ndarray, captions: Sequence[str], fps: float, settings: str
-) -> None:
-    """Writes uint8 videos (N, T, H, W, 3) as mp4 with a frame grid and a gallery."""
-    folder.mkdir(parents=True, exist_ok=True)
-    items = []
-    for i, (video, caption) in enumerate(zip(videos, captions)):
-        write_mp4(folder / f"{i:04d}.mp4", video, fps)
-        items.append((f"{i:04d}.mp4", f"{caption} ({settings}, video {i})"))
-    write_png(folder / "grid.png", frame_grid(videos[:32]))
-    sections = [
-        Section("Videos", settings, items),
-        Section("Frames", items=[("grid.png", "one video a row")]),
-    ]
-    write_gallery(folder / "index.html", "Samples", sections)
+    add = parser.add_argument
+    add("--out", required=True, help="folder to write to")
+    add("--task", default="text_to_video", metavar="TASK", help="(default text_to_video)")
+    add("--prompt", action="append", default=[], help="a text; may be given several times")
+    add("--prompts_file", help="a file with a prompt a line")
+    add("--negative_prompt", action="append", help="what not to show; one, or one a prompt")
+    add("--labels", default="", help="classes, names or numbers, by commas")
+    add("--num", type=int, help="videos, prompts, labels and pictures taking turns")
+    add("--image", action="append", help="a picture; may be given several times")
+    add("--video", action="append", help="a video; may be given several times")
+    add("--mask", help="of inpaint and outpaint: a picture, white where to paint, or a box,\n"
+        "top,left,bottom,right as shares of the frame, such as 0,0,0.5,1")  # fmt: skip
+    add("--size", help="width:height@resolution such as 9:16@256, or HEIGHTxWIDTH")
+    add("--seconds", type=float, help="length of a clip; of extend, what is added")
+    add("--fps", type=float, help="frames a second: the model's, or a part of it")
+    add("--direction", choices=("forward", "backward"), help="of extend (default forward)")
+    add("--strength", type=float, help="of edit: from 0, the video, to 1, noise (default 0.6)")
+    add("--seed", type=int, default=0)
+    add("--guidance", type=float, help="its strength; 1 is none (default: none, or the schedule's)")
+    add("--guidance_schedule", choices=sorted(Scale.registry), default="constant",
+        help="how its strength goes over time (default constant)")  # fmt: skip
+    add("--given_guidance", type=float, help="strength of guidance by what is given")
+    add("--sampler", choices=sorted(Sampler.registry), help="default: the config's kind")
+    add("--steps", type=int, default=50, help="steps of the sampler (default 50)")
+    add("--mesh", help="devices by axis, such as data=4,fsdp=2 (default: data, all)")
+    add("--batch_size", type=int, default=16, help="videos at a time (default 16)")
+    add("--checkpoint", type=int, help="step of the checkpoint (default: newest)")
+    add("--format", choices=("mp4", "gif", "png"), help="of the files (default mp4; images png)")
+    return parser
 
 
 if __name__ == "__main__":

@@ -1,10 +1,7 @@
 """What the samples of a protocol are to show: sample i's class, text and first frames."""
 
 import hashlib
-from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from walt_jax.errors import UserError
@@ -13,7 +10,8 @@ from walt_jax.evaluation.evaluators import Sampling
 from walt_jax.evaluation.protocols import Protocol
 from walt_jax.evaluation.scores import Record
 from walt_jax.generation import Generator
-from walt_jax.tasks import Wanted, to_unit
+from walt_jax.generation.sources import read_prompts
+from walt_jax.tasks import Wanted
 
 _LABELS, _ORDER = 7, 8  # tags of the random draws of classes, and of the clips that are continued
 
@@ -63,7 +61,6 @@ class Wishes:
             self._given = generator.tokenizer.config.latent_shape(protocol.given_frames, *size)[0]
             rng = np.random.default_rng((sampling.seed, _ORDER))
             self._order = rng.permutation(len(clips))
-            self._encode = jax.jit(lambda t, x: t.encode(to_unit(x)))
 
     def __call__(self, numbers: np.ndarray) -> Wanted:
         """Of samples `numbers` (B,)."""
@@ -91,10 +88,7 @@ class Wishes:
 
     def _prompts(self, file: str) -> list[str]:
         if file:
-            if not Path(file).is_file():
-                raise UserError(f"{file} does not exist: give a file with a prompt a line.")
-            prompts = [line.strip() for line in Path(file).read_text().splitlines()]
-            prompts = [prompt for prompt in prompts if prompt]
+            prompts = read_prompts(file)
         else:
             clips = self._clips("takes the real clips' captions")
             prompts = [clips.caption(i) for i in range(len(clips))]
@@ -117,8 +111,8 @@ class Wishes:
         given = np.zeros((len(numbers), t, h, w, channels), np.float32)
         mask = np.zeros((len(numbers), t, h, w), bool)
         mask[:, : self._given] = True
-        for row, number in enumerate(numbers):  # one by one: the same bits in any batch
-            clip = self._real.read(int(self._order[number % len(self._order)]))
-            frames = jnp.asarray(clip[None, : self._protocol.given_frames])
-            given[row, : self._given] = self._encode(self._generator.tokenizer, frames)[0]
+        rows = self._order[numbers % len(self._order)]
+        clips = np.stack([self._real.read(int(row)) for row in rows])
+        frames = clips[:, : self._protocol.given_frames]
+        given[:, : self._given] = self._generator.encode(frames)
         return given, mask

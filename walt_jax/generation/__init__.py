@@ -4,5 +4,7 @@
 """
 
 from walt_jax.generation.generator import Generator
+from walt_jax.generation.tasks import TASKS
+from walt_jax.generation.walt import Walt
 
-__all__ = ["Generator"]
+__all__ = ["TASKS", "Generator", "Walt"]

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,9 +15,11 @@ from jax.sharding import Mesh
 from walt_jax import config as config_lib
 from walt_jax.diffusion import Ddim, Sampler, Scale
 from walt_jax.errors import UserError
+from walt_jax.generation import programs
+from walt_jax.generation.sizes import Sizes
 from walt_jax.models.text import to_bytes
 from walt_jax.models.tokenizer.frozen import FrozenTokenizer
-from walt_jax.parallel import Layout, MeshConfig, make_mesh, state_shardings
+from walt_jax.parallel import MeshConfig, make_mesh, state_shardings
 from walt_jax.parallel.sharding import batch_sharding, place, replicated
 from walt_jax.progress import bar as progress_bar
 from walt_jax.tasks import DenoiserTask, Task, Wanted, to_uint8
@@ -42,6 +44,7 @@ class Generator:
       step: the checkpoint's.
       weights: which of the checkpoint's `params` are, the moving average or the raw ones.
       mesh: the devices that sample; None for all.
+      images: whether single frames were trained on too.
     """
 
     task: DenoiserTask
@@ -52,6 +55,7 @@ class Generator:
     step: int
     weights: Weights = "ema"
     mesh: Mesh | None = None
+    images: bool = False
 
     @classmethod
     def load(
@@ -97,14 +101,44 @@ class Generator:
             step,
             weights,
             mesh,
+            _has_images(values),
         )
+
+    def placed(self) -> "Generator":
+        """The same with its weights on its mesh, where they stay from one call to the next."""
+        mesh = self.mesh or make_mesh(MeshConfig())
+        with jax.set_mesh(mesh):
+            everywhere = jax.tree.map(lambda _: replicated(mesh), self.tokenizer)
+            tokenizer = programs.placed(self.tokenizer, everywhere)
+            params = programs.placed(self.params, state_shardings(self.params, mesh))
+        return dataclasses.replace(self, params=params, tokenizer=tokenizer, mesh=mesh)
+
+    @functools.cached_property
+    def sizes(self) -> Sizes:
+        """What sizes and lengths can be sampled."""
+        return Sizes.of(self.task.model, self.tokenizer.config.factors, self.fps)
 
     @property
     def video_shape(self) -> tuple[int, int, int]:
-        """Frames, height and width of what is sampled."""
-        ft, fh, fw = self.tokenizer.config.factors
-        t, h, w = self.task.model.grid
-        return 1 + (t - 1) * ft, h * fh, w * fw
+        """Frames, height and width of what is sampled by default."""
+        return self.sizes.video_shape
+
+    def encode(self, clips: np.ndarray) -> np.ndarray:
+        """Latents, float32 (N, t, h, w, C), of clips, uint8 (N, 1 + ft n, H, W, 3).
+
+        Each clip by itself, so that its latents are the same bits in any company.
+
+        Raises:
+          UserError: a number of frames or a size that does not fit the tokenizer.
+        """
+        tokenizer = jax.device_put(self.tokenizer)
+        latents = [jax.device_get(programs.encode(tokenizer, clip[None])) for clip in clips]
+        return np.concatenate(latents)
+
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        """The way back: uint8 (N, T, H, W, 3)."""
+        tokenizer = jax.device_put(self.tokenizer)
+        return np.concatenate([to_uint8(programs.decode(tokenizer, z[None])) for z in latents])
 
     def labels(self, names: Sequence[str]) -> np.ndarray:
         """Class indices of names or numbers, int32.
@@ -218,7 +252,7 @@ class Generator:
                 f"classes 0 to {classes - 1}, and {classes} for none."
             )
         mesh = self.mesh or make_mesh(MeshConfig())
-        shards = _shards(mesh)
+        shards = programs.shards(mesh)
         bar = progress_bar(total=total, what="sample", unit="video", disable=not progress)
         videos = []
         for numbers, batch in dataclasses.replace(self, mesh=mesh).stream(
@@ -250,6 +284,7 @@ class Generator:
         low_noise: float | None = None,
         grid: Grid | None = None,
         strength: float = 1.0,
+        decode: bool = True,
         per_device: int = 1,
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Any of the videos of a seed, batch by batch, with constant memory.
@@ -260,24 +295,23 @@ class Generator:
         Args:
           numbers: int (N,), which videos.
           wanted: what videos of given numbers (B,) are to show; asked for a batch at a time.
+          decode: give pixels, not latents.
           per_device: videos at a time on each device.
           The others are those of `sample`.
 
         Yields:
           (numbers (K,), uint8 videos (K, T, H, W, 3)), of every batch those that lie on this
-          process; with a mesh of this process alone, all of them.
+          process; with a mesh of this process alone, all of them. Without `decode` float32 latents
+          (K, t, h, w, C).
         """
-        mesh = self.mesh or make_mesh(MeshConfig())
-        size = per_device * _shards(mesh)
+        ready = self.placed()
+        mesh, params, tokenizer = ready.mesh, ready.params, ready.tokenizer
+        size = per_device * programs.shards(mesh)
         grid = grid or self.task.model.grid
-        run = _program(
-            self.task, mesh, sampler, guidance, given_guidance, low_noise, grid, strength
+        run = programs.program(
+            self.task, mesh, sampler, guidance, given_guidance, low_noise, grid, strength, decode
         )
-
         with jax.set_mesh(mesh):
-            everywhere = jax.tree.map(lambda _: replicated(mesh), self.tokenizer)
-            tokenizer = _placed(self.tokenizer, everywhere)
-            params = _placed(self.params, state_shardings(self.params, mesh))
             key = place(np.asarray(seed, np.uint32), replicated(mesh))
 
         def start(first: int) -> jax.Array:
@@ -289,10 +323,11 @@ class Generator:
                 return run(params, tokenizer, *inputs, key)
 
         def finish(first: int, videos: jax.Array) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-            rows, pixels = _mine(videos)
+            rows, values = programs.mine(videos)
             new = rows < len(numbers) - first
             if new.any():
-                yield np.asarray(numbers)[first + rows[new]], pixels[new]
+                found = to_uint8(values[new]) if decode else values[new]
+                yield np.asarray(numbers)[first + rows[new]], found
 
         # In pairs, so that the devices have the next batch while this one is looked at.
         before: tuple[int, jax.Array] | None = None
@@ -305,73 +340,9 @@ class Generator:
             yield from finish(*before)
 
 
-@functools.lru_cache(maxsize=8)
-def _program(
-    task: DenoiserTask,
-    mesh: Mesh,
-    sampler: Sampler,
-    guidance: Scale,
-    given_guidance: Scale,
-    low_noise: float | None,
-    grid: Grid,
-    strength: float,
-) -> Callable[..., jax.Array]:
-    """What samples: (params, tokenizer, wanted, numbers, seed) -> pixels, lying as a batch does.
-
-    Kept, so that the next checkpoint of a run is not compiled again.
-    """
-    alone = mesh.shape["data"] == mesh.size  # every device then has all weights
-
-    def sample(clips: PyTree, shared: PyTree, layout: Layout = Layout()) -> jax.Array:  # noqa: B008
-        (wanted, numbers), (params, tokenizer, seed) = clips, shared
-        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(numbers)
-        return task.sample(
-            params,
-            tokenizer,
-            wanted,
-            keys,
-            sampler,
-            guidance,
-            given_guidance=given_guidance,
-            low_noise=low_noise,
-            grid=grid,
-            strength=strength,
-            layout=layout,
-        )
-
-    def run(
-        params: PyTree,
-        tokenizer: FrozenTokenizer,
-        wanted: Wanted,
-        numbers: jax.Array,
-        seed: jax.Array,
-    ) -> jax.Array:
-        clips, shared = (wanted, numbers), (params, tokenizer, seed)
-        if alone:
-            return Layout(mesh).by_clip(sample, clips, shared)
-        return sample(clips, shared, Layout(mesh))
-
-    return jax.jit(run, out_shardings=batch_sharding(mesh))
-
-
-def _shards(mesh: Mesh) -> int:
-    return mesh.shape["data"] * mesh.shape["fsdp"]
-
-
-def _placed(tree: PyTree, shardings: PyTree) -> PyTree:
-    """Host arrays on the devices; what lies there already stays."""
-    return tree if isinstance(jax.tree.leaves(tree)[0], jax.Array) else place(tree, shardings)
-
-
-def _mine(videos: jax.Array) -> tuple[np.ndarray, np.ndarray]:
-    """The rows of a batch that lie on this process, rising, and their uint8 pixels.
-
-    What several devices hold alike counts once, on the first of them.
-    """
-    shards = [s for s in videos.addressable_shards if s.replica_id == 0]
-    shards.sort(key=lambda s: s.index[0].start or 0)
-    rows = [np.arange(len(s.data)) + (s.index[0].start or 0) for s in shards]
-    pixels = [to_uint8(s.data) for s in shards]
-    if not shards:
-        return np.zeros(0, int), np.zeros((0, *videos.shape[1:]), np.uint8)
-    return np.concatenate(rows), np.concatenate(pixels)
+def _has_images(values: Mapping[str, Any]) -> bool:
+    """Whether a run, by its resolved config, trains on single frames."""
+    data = values["data"]
+    table = (data.get("buckets") or {}).get("table", ())
+    lengths = [data.get("num_frames"), *(bucket["num_frames"] for bucket in table)]
+    return bool(values.get("images")) or 1 in lengths or values["task"]["model"]["grid"][0] == 1

@@ -31,6 +31,24 @@ class MeshConfig:
     context: int = 1
 
 
+def parse_mesh(text: str) -> MeshConfig:
+    """`data=4,fsdp=2` of a command line; what is not named is 1, or the rest for data.
+
+    Raises:
+      UserError: another axis, or no number.
+    """
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        axis, _, size = part.strip().partition("=")
+        if axis not in AXES or not size.removeprefix("-").isdecimal():
+            raise UserError(
+                f"{text!r} is no mesh: write sizes of the axes {', '.join(AXES)}, such as "
+                "data=4,fsdp=2."
+            )
+        sizes[axis] = int(size)
+    return MeshConfig(**sizes)
+
+
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Builds the mesh over all devices of all processes (or those given).
 

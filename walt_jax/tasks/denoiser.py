@@ -27,6 +27,7 @@ from walt_jax.tasks.base import (
     to_unit,
     uniform,
 )
+from walt_jax.tasks.frames import FramesConfig, pick_frames
 from walt_jax.tasks.given import GivenConfig, Grid, draw_masks
 from walt_jax.tasks.wanted import Wanted
 from walt_jax.training.denoisers import TEXT, start_from, without_text
@@ -53,6 +54,8 @@ class DenoiserTask(Task, name="denoiser"):
       text: a text encoder trained jointly, where the model reads text.
       text_dropout: share of clips trained without their caption, likewise.
       given: which latents training gives, where the model takes given ones. They count in no loss.
+      frames: which of a long clip's latent frames, and which of them given, where the model is told
+        their times; `given` is then left alone.
       low_noise: largest time of the noise on low-resolution latents, as a share of the process's;
         W.A.L.T's t_max_noise is not published.
       init_from: workdir of a denoiser's run to start from, on another grid, or of images.
@@ -67,6 +70,7 @@ class DenoiserTask(Task, name="denoiser"):
     text: ByteEncoderConfig | None = None
     text_dropout: float = 0.1
     given: GivenConfig = GivenConfig()
+    frames: FramesConfig = FramesConfig()
     low_noise: float = 0.25
     init_from: str = ""
     sampler: Sampler = Ddim(num_steps=25)
@@ -97,7 +101,12 @@ class DenoiserTask(Task, name="denoiser"):
                 f"{width}: set both, or neither",
             ),
             (
-                (model.given != "none") != (self.given.share > 0),
+                model.frame_times and (model.given == "none" or self.given.share > 0),
+                "model.frame_times=True needs model.given, and config.task.frames says what is "
+                "given: set model.given='channels' or its like, and no shares in config.task.given",
+            ),
+            (
+                (model.given != "none") != (model.frame_times or self.given.share > 0),
                 f"model.given={model.given!r}, but the shares of config.task.given sum to "
                 f"{self.given.share:g}: set both, or neither",
             ),
@@ -257,6 +266,7 @@ class DenoiserTask(Task, name="denoiser"):
         low_noise: float | None = None,
         grid: Grid | None = None,
         strength: float = 1.0,
+        decode: bool = True,
         layout: Layout = Layout(),  # noqa: B008
     ) -> jax.Array:
         """Videos of what is wanted.
@@ -273,10 +283,11 @@ class DenoiserTask(Task, name="denoiser"):
             by default 0.05, or what training had at most.
           grid: (T, H, W) of the latents, by default the model's; one frame makes an image.
           strength: with `wanted.start`, the share of the process's time to start from.
+          decode: give pixels, not latents.
           layout: where activations lie on the mesh.
 
         Returns:
-          float32 (B, T, H, W, 3) in [-1, 1].
+          float32 (B, T, H, W, 3) in [-1, 1]; without `decode` latents (B, t, h, w, C).
 
         Raises:
           UserError: `wanted` or the grid is not what the model was built for.
@@ -316,7 +327,7 @@ class DenoiserTask(Task, name="denoiser"):
         z = sampler(placed, noise, keys, self.diffusion, wanted.start, strength)
         if wanted.given is not None:
             z = jnp.where(wanted.given_mask[..., None], wanted.given, z)
-        return frozen.decode(z, layout)
+        return frozen.decode(z, layout) if decode else z
 
     def _data(
         self, frozen: FrozenTokenizer, batch: Batch, keys: jax.Array, layout: Layout
@@ -329,8 +340,11 @@ class DenoiserTask(Task, name="denoiser"):
             x0 = jax.lax.stop_gradient(frozen.encode(to_unit(batch["video"]), layout))
         if model.text_features:
             packed.check_text(batch)
-        given = mask = low = None
-        if model.given != "none" and x0.shape[1] == model.grid[0]:  # no image beside videos
+        given = mask = low = times = None
+        if model.frame_times and x0.shape[1] > 1:
+            x0, times, mask = pick_frames(self.frames, fold(keys, 7), x0, model.grid[0])
+            given, mask = x0, jnp.broadcast_to(mask[..., None, None], x0.shape[:-1])
+        elif model.given != "none" and x0.shape[1] == model.grid[0]:  # no image beside videos
             given, mask = x0, draw_masks(self.given, fold(keys, 4), x0.shape[1:4])
         if model.upsampling is not None:
             small = shrink(to_unit(batch["video"]), model.upsampling)
@@ -341,6 +355,7 @@ class DenoiserTask(Task, name="denoiser"):
             given=given,
             given_mask=mask,
             low=low,
+            times=times,
         )
 
     def _conditions(
@@ -365,6 +380,7 @@ class DenoiserTask(Task, name="denoiser"):
             given_mask=wanted.given_mask,
             low=low,
             low_time=low_time,
+            times=wanted.times,
         )
 
     def _predict(

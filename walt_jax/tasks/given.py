@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from walt_jax.errors import UserError
 
@@ -53,6 +54,38 @@ class GivenConfig:
     def share(self) -> float:
         """Of clips of which something is given."""
         return sum(getattr(self, kind) for kind in _KINDS)
+
+    def admits(self, mask: np.ndarray) -> bool:
+        """Whether training gives latents as a mask does, bool (T, H, W); a region of any form."""
+        if not mask.any() or mask.all():
+            return not mask.any()
+        frames = mask.any((1, 2))
+        whole, places = bool((mask == frames[:, None, None]).all()), np.flatnonzero(frames)
+        last, count = len(frames) - 1, len(places)
+        counted = whole and count in self.first_frames
+        drawn = {
+            "first": counted and places[-1] == count - 1,
+            "last": counted and places[0] == last - count + 1,
+            "ends": whole and places.tolist() == [0, last],
+            "every_other": whole and places.tolist() == list(range(0, last + 1, 2)),
+            "random": whole,
+            "region": bool((mask == mask[:1]).all()),
+        }
+        return any(drawn[kind] for kind in _KINDS if getattr(self, kind) > 0)
+
+    def __str__(self) -> str:
+        """What training gives, in words."""
+        counts = " or ".join(map(str, sorted(self.first_frames)))
+        words = {
+            "first": f"the first {counts}",
+            "last": f"the last {counts}",
+            "ends": "the first and the last",
+            "every_other": "every other",
+            "random": "any",
+            "region": "all but a region",
+        }
+        kinds = [words[kind] for kind in _KINDS if getattr(self, kind) > 0]
+        return f"{', '.join(kinds)} of the latent frames" if kinds else "nothing"
 
 
 def draw_masks(config: GivenConfig, keys: jax.Array, grid: Grid) -> jax.Array:

@@ -21,6 +21,8 @@ class Wanted:
       text: uint8 (B, M), captions as bytes; all 0 for none.
       given: (B, T, H, W, C), clean latents; given_mask: bool (B, T, H, W), where they are given.
       low: (B, T, H / fh, W / fw, C), latents of the clips at low resolution.
+      times: int32 (B, T), which latent frames of a long video the clips' are; the first T where not
+        said.
       start: (B, T, H, W, C), clean latents that sampling starts from, noised, instead of noise.
     """
 
@@ -29,6 +31,7 @@ class Wanted:
     given: jax.Array | None = None
     given_mask: jax.Array | None = None
     low: jax.Array | None = None
+    times: jax.Array | None = None
     start: jax.Array | None = None
 
     def check(self, model: DenoiserConfig, grid: Sequence[int]) -> None:
@@ -53,6 +56,11 @@ class Wanted:
             raise UserError(
                 "Sampling from this model takes no 'given', it was built with given='none': leave "
                 "it out."
+            )
+        if self.times is not None and not model.frame_times:
+            raise UserError(
+                "Sampling from this model takes no 'times', it was built with frame_times=False: "
+                "leave them out."
             )
         if (self.given is None) != (self.given_mask is None):
             raise UserError("Sampling takes 'given' and 'given_mask' together: give both.")

@@ -29,6 +29,8 @@ class Conditions:
         the network makes its first guess.
       low: (B, T, H, W, latent_channels), low-resolution latents after `Denoiser.upsample` and
         noise augmentation; low_time: (B,), the time of that noise.
+      times: float or int (B, T), which of a long video's latent frames these are, 0 for its first;
+        without them the first T.
     """
 
     label: jax.Array | None = None
@@ -39,6 +41,7 @@ class Conditions:
     estimate: jax.Array | None = None
     low: jax.Array | None = None
     low_time: jax.Array | None = None
+    times: jax.Array | None = None
 
 
 def check(config: DenoiserConfig, conditions: Conditions, z: jax.Array) -> None:
@@ -63,6 +66,7 @@ def check(config: DenoiserConfig, conditions: Conditions, z: jax.Array) -> None:
         "given": (config.given != "none", f"given={config.given!r}"),
         "estimate": (config.self_conditioning, f"self_conditioning={config.self_conditioning}"),
         "low": (config.upsampling is not None, f"upsampling={config.upsampling}"),
+        "times": (config.frame_times, f"frame_times={config.frame_times}"),
     }
     for name, (built, why) in takes.items():
         there = getattr(conditions, name) is not None
@@ -70,7 +74,7 @@ def check(config: DenoiserConfig, conditions: Conditions, z: jax.Array) -> None:
             raise UserError(
                 f"This denoiser takes no {name!r} condition, it was built with {why}: leave it out."
             )
-        if built and not there and name not in ("given", "estimate"):
+        if built and not there and name not in ("given", "estimate", "times"):
             raise UserError(
                 f"This denoiser needs the {name!r} condition, it was built with {why}: give it."
             )
@@ -87,6 +91,7 @@ def check(config: DenoiserConfig, conditions: Conditions, z: jax.Array) -> None:
         "estimate": z.shape,
         "low": z.shape,
         "low_time": (batch,),
+        "times": z.shape[:2],
     }
     if conditions.text is not None:
         shapes["text"] = (batch, *conditions.text.shape[1:2], config.text_features)

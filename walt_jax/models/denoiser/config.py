@@ -70,6 +70,9 @@ class DenoiserConfig:
         NaViT's two the network takes clips of any size, also packed, and `grid` is that of samples:
         "factorised", a learned table an axis, for sizes up to the grid; "fractional", such tables
         of the share of the axis, for any. Then windows that span an axis have no relative_bias.
+      frame_times: the frames of a clip lie anywhere in a long video, and the network is told where
+        (FDM, 2205.11495); positions over frames come from that alone, so that windows over several
+        frames have no relative_bias.
       qk_norm: layer norm of queries and keys in each head (ViT-22B).
       skips: U-ViT's long skip connections between the first and the last half of the layers.
       output_conv: U-ViT's 3 x 3 convolution of each frame after the last layer.
@@ -113,6 +116,7 @@ class DenoiserConfig:
     image_identity: bool = True
     relative_bias: bool = True
     positions: Literal["learned", "sincos", "sincos_space", "factorised", "fractional"] = "learned"
+    frame_times: bool = False
     qk_norm: bool = True
     skips: bool = False
     output_conv: bool = False
@@ -184,6 +188,16 @@ class DenoiserConfig:
                 self.skips and (self.order == "stages" or self.num_layers // turns % 2 == 0),
                 f"skips=True needs an odd number of groups of layers and one stage, and "
                 f"num_layers={self.num_layers} with order={self.order!r} are not that",
+            ),
+            (
+                self.frame_times and (self.any_size or self.patch_size[0] > 1),
+                "frame_times=True needs patches of one frame and clips of one size, not "
+                f"patch_size={self.patch_size} and positions={self.positions!r}",
+            ),
+            (
+                self.frame_times and self.relative_bias and any(w[0] != 1 for w in self.windows),
+                f"relative_bias has no offsets between frames that lie anywhere (frame_times=True) "
+                f"and that windows={self.windows} join: set it to False",
             ),
             (
                 extra and self.relative_bias,

@@ -15,7 +15,14 @@ from walt_jax.models.denoiser.conditions import (
     check_packed,
 )
 from walt_jax.models.denoiser.config import DenoiserConfig
-from walt_jax.models.denoiser.layers import Affine, AxisEmbedding, layer_norm, linear, modulate
+from walt_jax.models.denoiser.layers import (
+    Affine,
+    AxisEmbedding,
+    FrameTimes,
+    layer_norm,
+    linear,
+    modulate,
+)
 from walt_jax.models.denoiser.packing import Packing, from_row, to_row, whole
 from walt_jax.models.denoiser.patches import (
     depth_to_space,
@@ -47,9 +54,10 @@ class Denoiser(nnx.Module):
         )
         self.temporal_embedding = (
             nnx.Param(table(rngs.params(), (t, width)))
-            if config.positions in ("learned", "sincos_space") and t > 1
+            if config.positions in ("learned", "sincos_space") and t > 1 and not config.frame_times
             else None
         )
+        self.frame_times = FrameTimes(width, rngs) if config.frame_times else None
         fractional = config.positions == "fractional"
         self.axes = (
             nnx.List([AxisEmbedding(n, width, fractional=fractional, rngs=rngs) for n in (t, h, w)])
@@ -132,7 +140,7 @@ class Denoiser(nnx.Module):
                 check_packed(self.config, z, conditions, packing)
                 inputs = to_row(self.embed.channels(z, conditions))
             patches = patchify(inputs, self.config.patch_size)
-            x = self._add_positions(self.patch_in(patches), packing)
+            x = self._add_positions(self.patch_in(patches), conditions.times, packing)
             b, frames, rows, columns, _ = x.shape
             x, context = self._tell(x, z, t, conditions, packing)
         x = self._layers(layout.tokens(x), context, layout)
@@ -167,7 +175,7 @@ class Denoiser(nnx.Module):
         memory, segment_ids = [], None
         if config.given in ("adaln", "cross_attention", "tokens"):
             given, known = self.embed.given_tokens(z, conditions)
-            given = self._add_positions(given)
+            given = self._add_positions(given, conditions.times)
             if config.given == "adaln":
                 vectors.append(_masked_mean(given, known))
             elif config.given == "cross_attention":
@@ -198,7 +206,9 @@ class Denoiser(nnx.Module):
         memory = _join(memory, x.dtype)
         return x, Context(condition, shared, *memory, segment_ids, image, packing)
 
-    def _add_positions(self, x: jax.Array, packing: Packing | None = None) -> jax.Array:
+    def _add_positions(
+        self, x: jax.Array, times: jax.Array | None, packing: Packing | None = None
+    ) -> jax.Array:
         """Adds the places' embeddings; an image has the first frame's."""
         frames, rows, columns, width = x.shape[1:]
         if self.axes is not None:
@@ -214,7 +224,10 @@ class Denoiser(nnx.Module):
         else:
             places = jnp.asarray(sincos_frame(rows, columns, width))
         places = places.reshape(1, rows, columns, width)
-        if self.temporal_embedding is not None:
+        if self.frame_times is not None:
+            times = jnp.arange(frames)[None] if times is None else times
+            places = places + self.frame_times(times)[:, :, None, None]
+        elif self.temporal_embedding is not None:
             places = places + self.temporal_embedding[...][:frames, None, None]
         elif self.config.tokens[0] > 1:
             places = places + jnp.asarray(sincos(np.arange(frames), width))[:, None, None]

@@ -17,6 +17,7 @@ from walt_jax.parallel import Layout, sharded_attention
 
 _kernel_init = nnx.initializers.xavier_uniform()
 _zeros = nnx.initializers.zeros
+_TIME_SINUSOIDS = 128
 _SUBLANES = 8  # rows of ones: a product of fewer would be a sum again
 
 
@@ -151,6 +152,21 @@ class TimeEmbedding(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.dense_out(nnx.silu(self.dense_in(x)))
+
+
+class FrameTimes(nnx.Module):
+    """Where a clip's frames lie in a long video: their distances, and whether it begins here."""
+
+    def __init__(self, width: int, rngs: nnx.Rngs) -> None:
+        self.dense = linear(_TIME_SINUSOIDS, width, jnp.float32, rngs)
+        self.first = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (width,)))
+
+    def __call__(self, times: jax.Array) -> jax.Array:
+        """Of frames (B, T): float32 (B, T, D)."""
+        distances = times - times.min(axis=1, keepdims=True)
+        # A causal tokenizer's first latent is one frame, all others are several.
+        first = (times == 0)[..., None] * self.first[...]
+        return self.dense(sinusoids(distances, _TIME_SINUSOIDS)) + first
 
 
 class AxisEmbedding(nnx.Module):

@@ -98,6 +98,7 @@ _SAME = (
     "mlp_ratio",
     "relative_bias",
     "positions",
+    "frame_times",
     "qk_norm",
     "skips",
     "output_conv",
