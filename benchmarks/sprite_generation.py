@@ -36,7 +36,6 @@ from benchmarks.sprite_runs import (
     make_records,
     make_run,
     real_clips,
-    rebuild,
 )
 from walt_jax import cli
 from walt_jax.data.sprites import SpriteConfig, SpriteVideo
@@ -98,7 +97,7 @@ _FROM_FRAMES = (*_SILENT, "task.given={'first':0.8,'first_frames':(1,2)}")
 _ALONE = (*_SILENT, "task.model.given='none'", "task.given={}", "task.model.relative_bias=False")
 _ALONE = (*_ALONE, "task.model.positions=fractional")
 MODELS = {
-    "captions": Model(CAPTIONS, 1440, 0, 3600),
+    "captions": Model(CAPTIONS, 1200, 0, 3600),
     "scenes": Model(dataclasses.replace(FEW, scenes=SCENES), 1080, 2, 1800, _FROM_FRAMES),
     "native": Model(FREE, 720, 3, 900, _ALONE, tuple(ASPECTS.values())),
     "square": Model(FREE, 720, 3, 900, _ALONE),
@@ -153,14 +152,25 @@ class Bench:
         return Generator.load(run)
 
     def _tokenizer(self) -> Path:
-        folder = self.out / "tokenizer"
-        overrides = (f"data.path={make_records(folder, MIXED, 360, 1)}",)
-        self.results.fill(
-            "trainings",
-            "tokenizer",
-            lambda: make_run(folder / "run", "sprites_text.py:tokenizer", overrides),
-        )
-        return folder / "run"
+        """Trained on all scenes, then on plain ones."""
+        mixed, plain = self.out / "tokenizer_mixed", self.out / "tokenizer"
+        model = MODELS["captions"]
+        stages = {
+            mixed: (make_records(mixed, MIXED, 360, 1), "num_steps=1100"),
+            plain: (
+                make_records(self.out / "captions", model.videos, model.number, model.seed),
+                f"task.init_from={mixed / 'run'}",
+                "optimizer.learning_rate=3e-3",
+                "num_steps=900",
+            ),
+        }
+        for folder, (records, *overrides) in stages.items():
+            overrides = (f"data.path={records}", *overrides)
+            train = functools.partial(
+                make_run, folder / "run", "sprites_text.py:tokenizer", overrides
+            )
+            self.results.fill("trainings", folder.name, train)
+        return plain / "run"
 
     def sample(self, generator: Generator, **wanted: object) -> np.ndarray:
         """Videos uint8 (N, T, H, W, 3) by the options' sampler; guided where there are prompts."""
@@ -214,7 +224,8 @@ def given(bench: Bench) -> None:
     """Tasks of given latents, with captions, of classes seen and unseen alike."""
     generator = bench.generator("captions")
     real, truths = real_clips(EVERY, generator, bench.samples // 2, seed=TRUTH_SEED + 1)
-    latents, rebuilt = rebuild(generator, real)
+    latents = generator.encode(real)
+    rebuilt = generator.decode(latents)
     prompts = [truth.caption for truth in truths]
 
     def judge(videos: np.ndarray, known: np.ndarray) -> Row:
@@ -245,7 +256,8 @@ def scenes(bench: Bench) -> None:
         tails = [judges.in_sight_again(truth.visible) for truth in truths]
         use = [i for i, tail in enumerate(tails) if tail is not None]
         truths, tails = [truths[i] for i in use], [max(tails[i], TOLD) for i in use]
-        latents, rebuilt = rebuild(generator, real[use])
+        latents = generator.encode(real[use])
+        rebuilt = generator.decode(latents)
 
         def measure(scene: str, latents: np.ndarray, rebuilt: np.ndarray, *about: Sequence) -> Row:
             mask = np.zeros(latents.shape[:-1], bool)

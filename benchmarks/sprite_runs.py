@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from walt_jax import config as config_lib
@@ -19,7 +18,6 @@ from walt_jax.data.sprites import SpriteConfig, SpriteVideo, sprite_video, write
 from walt_jax.demo import CONFIGS
 from walt_jax.errors import UserError
 from walt_jax.generation import Generator
-from walt_jax.tasks import to_uint8, to_unit
 from walt_jax.training.experiment import Experiment
 from walt_jax.training.loop import train
 from walt_jax.training.metrics import read_metrics
@@ -136,13 +134,3 @@ def real_clips(
         of_frames = {k: getattr(video, k)[picks] for k in ("frames", "centres", "visible")}
         truths.append(dataclasses.replace(video, **of_frames))
     return np.stack(clips), truths
-
-
-def rebuild(generator: Generator, videos: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Latents float32 (N, t, h, w, c) of uint8 videos, and the videos made of them again."""
-    tokenizer = generator.tokenizer
-    encode, decode = jax.jit(lambda t, x: t.encode(x)), jax.jit(lambda t, z: t.decode(z))
-    latents = [np.asarray(encode(tokenizer, to_unit(video[None]))) for video in videos]
-    return np.concatenate(latents), np.concatenate(
-        [to_uint8(decode(tokenizer, z)) for z in latents]
-    )
