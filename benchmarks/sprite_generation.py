@@ -11,6 +11,7 @@ from here. Studies:
             reappear, and do objects go on at their speed? The same model as for captions.
   scenes    objects that pass behind a bar, under a camera that pans, and one that looks away: from
             a video's first five frames and nothing else, do they come back as they were?
+  actions   from a video's first frame and a letter a frame, its caption: which way the object goes.
   aspects   training on native aspects or on square crops, of as many tokens and steps: is the
             object wholly in the frame?
 
@@ -22,7 +23,7 @@ other options need another `--out`. Minutes are those of the training's steps al
 import argparse
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import cv2
@@ -90,15 +91,23 @@ class Model:
     steps: int
     overrides: tuple[str, ...] = ()
     sizes: tuple[tuple[int, int], ...] = SQUARE
+    caption: Callable[[Row], str] | None = None
 
 
 _SILENT = ("task.text=None", "task.model.text_features=0", "data.caption_bytes=0")
 _FROM_FRAMES = (*_SILENT, "task.given={'first':0.8,'first_frames':(1,2)}")
 _ALONE = (*_SILENT, "task.model.given='none'", "task.given={}", "task.model.relative_bias=False")
 _ALONE = (*_ALONE, "task.model.positions=fractional")
+LETTERS = "lrud"  # of an action, in the order of directions
+# Clips are whole videos, so that letters and frames go together.
+ACTIONS = dataclasses.replace(FEW, scenes=("actions",), seconds=(2.0, 2.0), fps=(8,))
+_FIRST = "task.given={'first':0.8,'first_frames':(1,)}"
 MODELS = {
     "captions": Model(CAPTIONS, 1200, 0, 3600),
     "scenes": Model(dataclasses.replace(FEW, scenes=SCENES), 1080, 2, 1800, _FROM_FRAMES),
+    "actions": Model(
+        ACTIONS, 960, 4, 1800, (_FIRST,), caption=lambda truth: spelt(truth["actions"])
+    ),
     "native": Model(FREE, 720, 3, 900, _ALONE, tuple(ASPECTS.values())),
     "square": Model(FREE, 720, 3, 900, _ALONE),
 }
@@ -138,7 +147,7 @@ class Bench:
         if self._args.model is not None:
             return Generator.load(self._args.model)
         model, folder, tokenizer = MODELS[name], self.out / name, self._tokenizer()
-        records = make_records(folder, model.videos, model.number, model.seed)
+        records = make_records(folder, model.videos, model.number, model.seed, model.caption)
         data = {"path": str(records), "num_frames": 17, "fps": 8.0, "sizes": model.sizes}
         overrides = (
             f"task.tokenizer={tokenizer}",
@@ -274,6 +283,32 @@ def scenes(bench: Bench) -> None:
         )
 
 
+def actions(bench: Bench) -> None:
+    """Videos from their first frame and an action a frame."""
+    generator = bench.generator("actions")
+    real, truths = real_clips(ACTIONS, generator, bench.samples, seed=TRUTH_SEED + 3)
+    asked = np.stack([truth.actions for truth in truths])
+    latents = generator.encode(real)
+    rebuilt = generator.decode(latents)
+    mask = np.zeros(latents.shape[:-1], bool)
+    mask[:, :1] = True
+
+    def measure() -> Row:
+        prompts = [spelt(row) for row in asked]
+        videos = bench.sample(generator, prompts=prompts, given=latents, given_mask=mask)
+        bench.show("actions", _beside(rebuilt, videos))
+        return judges.followed(videos, asked, FEW)
+
+    real_row = functools.partial(judges.followed, rebuilt, asked, FEW)
+    bench.results.fill("actions", "real videos, reconstructed", real_row)
+    bench.results.fill("actions", "samples", measure)
+
+
+def spelt(actions: Sequence[int]) -> str:
+    """Actions as a caption."""
+    return "".join(LETTERS[action] for action in actions)
+
+
 def aspects(bench: Bench) -> None:
     """Native aspects and square crops: is the object wholly in the frame?"""
     for name, sizes in (("square", {"1:1": SQUARE[0]}), ("native", ASPECTS)):
@@ -295,7 +330,13 @@ def aspects(bench: Bench) -> None:
         )
 
 
-STUDIES = {"captions": captions, "given": given, "scenes": scenes, "aspects": aspects}
+STUDIES = {
+    "captions": captions,
+    "given": given,
+    "scenes": scenes,
+    "actions": actions,
+    "aspects": aspects,
+}
 
 
 def _beside(rebuilt: np.ndarray, videos: np.ndarray) -> list[tuple[str, np.ndarray]]:

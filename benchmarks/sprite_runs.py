@@ -74,14 +74,31 @@ def _cell(value: float | None) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
 
 
-def make_records(folder: Path, config: SpriteConfig, number: int, seed: int) -> Path:
-    """Records of sprite videos in `folder`/records, made unless they are there."""
+def make_records(
+    folder: Path,
+    config: SpriteConfig,
+    number: int,
+    seed: int,
+    caption: Callable[[Row], str] | None = None,
+) -> Path:
+    """Records of sprite videos in `folder`/records, made unless they are there.
+
+    Args:
+      folder, config, number, seed: as `write_sprites` takes them.
+      caption: of the truth about a video, instead of its own caption.
+    """
     videos, records = folder / "videos", folder / "records"
     if not (records / "report.json").exists():
         if not (videos / "manifest.jsonl").exists():
             shutil.rmtree(videos, ignore_errors=True)  # what was cut off
             write_sprites(videos, number, config, seed)
-        prepare_dataset(videos / "manifest.jsonl", records, overwrite=True)
+        manifest = videos / "manifest.jsonl"
+        if caption is not None:
+            truths = map(json.loads, (videos / "truth.jsonl").read_text().splitlines())
+            rows = [{"path": truth["path"], "caption": caption(truth)} for truth in truths]
+            manifest = videos / "captions.jsonl"
+            manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        prepare_dataset(manifest, records, overwrite=True)
     return records
 
 
@@ -131,6 +148,8 @@ def real_clips(
         times = np.arange(len(video.frames)) / video.fps
         picks = clip_frames(times, count, generator.fps, 0.5)
         clips.append(fit_frames(video.frames[picks], tuple(size)))
-        of_frames = {k: getattr(video, k)[picks] for k in ("frames", "centres", "visible")}
+        of_frames = {
+            k: getattr(video, k)[picks] for k in ("frames", "centres", "visible", "actions")
+        }
         truths.append(dataclasses.replace(video, **of_frames))
     return np.stack(clips), truths

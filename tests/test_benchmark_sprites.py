@@ -7,9 +7,19 @@ import numpy as np
 import pytest
 
 from benchmarks import sprite_judges as judges
-from benchmarks.sprite_generation import CAPTIONS, EVERY, FEW, FREE, HELD_OUT, MODELS
-from benchmarks.sprite_runs import Results
+from benchmarks.sprite_generation import (
+    ACTIONS,
+    CAPTIONS,
+    EVERY,
+    FEW,
+    FREE,
+    HELD_OUT,
+    MODELS,
+    spelt,
+)
+from benchmarks.sprite_runs import Results, make_records
 from walt_jax.config import build, load
+from walt_jax.data.records import open_dataset
 from walt_jax.data.sprites import sprite_video
 from walt_jax.demo import CONFIGS
 from walt_jax.errors import UserError
@@ -95,6 +105,17 @@ def test_followed_counts_steps():
     assert good["steps seen"] > 0.6 and good["steps right"] > 0.95
     bad = judges.followed(videos, (actions + 1) % 4, FEW)
     assert bad["steps right"] < 0.05 and bad["videos right"] == 0.0
+
+
+def test_records_have_a_letter_a_frame(tmp_path):
+    spelling = lambda truth: spelt(truth["actions"])  # noqa: E731
+    records = open_dataset(make_records(tmp_path, ACTIONS, 2, 5, spelling))
+    for i in range(2):
+        truth, record = sprite_video(ACTIONS, 5, i), records.read(i)
+        assert record["num_frames"] == len(record["caption"]) == 17
+        assert record["caption"] == spelt(truth.actions) and set(record["caption"]) <= set("lrud")
+    again = make_records(tmp_path, ACTIONS, 2, 5, lambda truth: pytest.fail("made twice"))
+    assert again == tmp_path / "records"
 
 
 def test_whole_in_frame_tells_crops_from_native_videos():
