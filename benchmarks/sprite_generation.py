@@ -95,6 +95,7 @@ class Model:
 
 
 _SILENT = ("task.text=None", "task.model.text_features=0", "data.caption_bytes=0")
+_SILENT = (*_SILENT, "task.model.pooled_text=False")
 _FROM_FRAMES = (*_SILENT, "task.given={'first':0.8,'first_frames':(1,2)}")
 _ALONE = (*_SILENT, "task.model.given='none'", "task.given={}", "task.model.relative_bias=False")
 _ALONE = (*_ALONE, "task.model.positions=fractional")

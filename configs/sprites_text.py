@@ -74,6 +74,7 @@ _DENOISER = {
             # On 80 tokens windows have nothing to save.
             "windows": ((1, 0, 0), (0, 0, 0)),
             "text_features": 128,
+            "pooled_text": True,  # by cross-attention alone captions are learned much later
             "cross_attention": {"queries": False, "norm": "plain"},
             "given": "channels",
             "remat": False,
@@ -81,9 +82,9 @@ _DENOISER = {
         },
         "text": {"width": 128, "num_layers": 2, "max_bytes": 56, "dtype": "float32"},
         "given": {
-            "first": 0.2,
+            "first": 0.15,
             "last": 0.05,
-            "ends": 0.15,
+            "ends": 0.1,
             "every_other": 0.05,
             "region": 0.05,
         },
