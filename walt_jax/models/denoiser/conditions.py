@@ -227,9 +227,9 @@ class Embedder(nnx.Module):
             out.append(table.at[label].get(mode="fill", fill_value=0.0))
         if self.pooled is not None:
             text, mask = conditions.text.astype(jnp.float32), conditions.text_mask
-            weights = jnp.ones(text.shape[:-1]) if mask is None else mask.astype(jnp.float32)
-            total = jnp.einsum("...M,...MF->...F", weights, text)
-            out.append(self.pooled(total / jnp.maximum(weights.sum(-1, keepdims=True), 1.0)))
+            known = jnp.ones((*text.shape[:-1], 1)) if mask is None else mask[..., None]
+            total = jnp.where(known > 0, text, 0.0).sum(-2)
+            out.append(self.pooled(total / jnp.maximum(known.sum(-2), 1.0)))
         return out
 
     def given_tokens(self, z: jax.Array, conditions: Conditions) -> tuple[jax.Array, jax.Array]:
