@@ -87,6 +87,7 @@ class DenoiserConfig:
       num_classes: classes, 0 for none; the label `num_classes` stands for no class.
       null_class: that label has a learned entry as the others have; otherwise its vector is 0.
       text_features: width of the text encoder's tokens, 0 for no text (T5-XL: 2048).
+      pooled_text: the mean of the text's tokens also joins time and class (Imagen, 2205.11487).
       cross_attention: how text is read.
       given: how given (clean) latents and their mask enter. "channels": concatenated with the noisy
         ones (W.A.L.T's frame prediction); "in_place": instead of the noisy ones (VDT's unified
@@ -136,6 +137,7 @@ class DenoiserConfig:
     num_classes: int = 0
     null_class: bool = True
     text_features: int = 0
+    pooled_text: bool = False
     cross_attention: CrossAttentionConfig = CrossAttentionConfig()
     given: Literal["none", "channels", "in_place", "adaln", "cross_attention", "tokens"] = "none"
     self_conditioning: bool = False
@@ -207,6 +209,10 @@ class DenoiserConfig:
                 self.frame_times and self.relative_bias and any(w[0] != 1 for w in self.windows),
                 f"relative_bias has no offsets between frames that lie anywhere (frame_times=True) "
                 f"and that windows={self.windows} join: set it to False",
+            ),
+            (
+                self.pooled_text and not self.text_features,
+                "pooled_text=True pools text, and text_features=0 is none: set both, or neither",
             ),
             (
                 extra and self.relative_bias,

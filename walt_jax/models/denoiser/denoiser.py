@@ -292,7 +292,7 @@ class Denoiser(nnx.Module):
 
 def _num_vector_tokens(config: DenoiserConfig) -> int:
     """How many vectors the condition has."""
-    return 1 + (config.num_classes > 0) + (config.given == "adaln")
+    return 1 + (config.num_classes > 0) + config.pooled_text + (config.given == "adaln")
 
 
 def _frame_conv(features_in: int, features: int, rngs: nnx.Rngs) -> nnx.Conv:
