@@ -10,7 +10,8 @@ forward and forward + backward, the cycles of
 - ours: the Pallas kernels of `walt_jax.kernels.attention.tpu`,
 - XLA: `jax.nn.dot_product_attention`,
 - splash and flash: the Pallas kernels that come with JAX, with the best of the block sizes tried
-  (splash takes no bias; tokens are padded to what both divide, heads to the 128 lanes of splash),
+  (splash takes no bias; tokens are padded to what both divide, heads to the 128 lanes of splash);
+  priced on one window, times the windows, as the compiler's walk takes minutes for each of them,
 - the floor: the matrix unit alone, contracted and resulting lanes padded to its width and tokens
   that move through it not; forward it runs 2 products, backward 5 (a forward pass within).
 
@@ -63,8 +64,12 @@ class Shape:
 
     @property
     def name(self) -> str:
-        sizes = math.prod(self.video) // self.tokens, self.tokens, self.heads, self.width
+        sizes = self.windows, self.tokens, self.heads, self.width
         return "x".join(map(str, sizes)) + "+bias" * self.bias
+
+    @property
+    def windows(self) -> int:
+        return math.prod(self.video) // self.tokens
 
     @property
     def tokens(self) -> int:
@@ -206,6 +211,9 @@ def program(function: Function, shape: Shape, passes: str) -> tuple[Callable[...
 def price(way: str, shape: Shape, passes: str, chip: str) -> tuple[int | None, str]:
     """The least cycles of a way and its block size; None where it has no price."""
     found: tuple[int | None, str] = None, ""
+    times = 1
+    if way in ("splash", "flash"):
+        shape, times = dataclasses.replace(shape, video=(1, *shape.block)), shape.windows
     for name, function in WAYS[way](shape):
         run, arguments = program(function, shape, passes)
         try:
@@ -213,8 +221,8 @@ def price(way: str, shape: Shape, passes: str, chip: str) -> tuple[int | None, s
         except (NotImplementedError, ValueError, UserError) as e:
             print(f"{way} {name} at {shape.name}: {e}", file=sys.stderr)
             continue
-        if not cost.unpriced and (found[0] is None or cost.cycles < found[0]):
-            found = cost.cycles, name
+        if not cost.unpriced and (found[0] is None or times * cost.cycles < found[0]):
+            found = times * cost.cycles, name
     return found
 
 
