@@ -27,7 +27,7 @@ from walt_jax.models.text import (
     hub,
     published,
 )
-from walt_jax.parallel import MeshConfig, make_mesh, state_shardings
+from walt_jax.parallel import Layout, MeshConfig, make_mesh, state_shardings
 
 XXL = 4_762_310_656
 
@@ -177,21 +177,21 @@ def test_two_processes_read_a_half_each(tmp_path):
         assert largest < max(x.size for x in written.values()) / 2
 
 
-def test_a_mesh_gives_the_same_embeddings(tmp_path):
+@pytest.mark.parametrize("make", [t5, pytest.param(clip, marks=pytest.mark.slow)])
+def test_a_mesh_gives_the_same_embeddings(tmp_path, make):
     ids = np.array([[3, 4, 6, 1, -1, -1], [3, 5, 6, 7, 8, 1]] * 4, np.int32)
-    for text in (t5(tmp_path / "a"), clip(tmp_path / "b")):
-        write(text, tokenizer=False)
-        found = []
-        for config in (MeshConfig(data=1), MeshConfig(data=1, fsdp=4, tensor=2)):
-            devices = jax.devices()[: max(1, config.fsdp * config.tensor)]
-            mesh = make_mesh(config, devices)
-            frozen = FrozenText.load(text, mesh)
-            with jax.set_mesh(mesh):
-                found.append(np.asarray(jax.jit(lambda f, x: f(x))(frozen, ids).tokens))
-        mask = ids >= 0
-        np.testing.assert_allclose(found[0][mask], found[1][mask], atol=2e-5)
-        # A text does not depend on the padding behind it, nor on its company.
-        np.testing.assert_allclose(found[0][0, :4], found[0][2, :4], atol=1e-6)
+    text, found = make(tmp_path), []
+    write(text, tokenizer=False)
+    for config, devices in ((MeshConfig(data=1), 1), (MeshConfig(data=1, fsdp=4, tensor=2), 8)):
+        mesh = make_mesh(config, jax.devices()[:devices])
+        frozen = FrozenText.load(text, mesh)
+        with jax.set_mesh(mesh):
+            run = jax.jit(FrozenText.__call__, static_argnums=2)
+            found.append(np.asarray(run(frozen, ids, Layout(mesh)).tokens))
+    mask = ids >= 0
+    np.testing.assert_allclose(found[0][mask], found[1][mask], atol=2e-5)
+    # A text does not depend on its company.
+    np.testing.assert_allclose(found[0][0, :4], found[0][2, :4], atol=1e-6)
 
 
 def test_a_hash_names_weights_and_not_files(tmp_path):

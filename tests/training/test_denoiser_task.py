@@ -254,6 +254,13 @@ def test_guidance_leads_away_from_what_is_negative():
     assert all(s.negative is None for s in steps)
     with pytest.raises(UserError, match="acts through guidance, which is 1, none: raise it"):
         wanted.steps(0, Constant(1.0), Constant(3.0))
+    keys = jax.random.split(jax.random.key(0), 2)
+    with pytest.raises(UserError, match="takes 'negative' beside 'text' alone"):
+        TASK.sample({}, Pixels(), Wanted(negative=said), keys, Ddim(num_steps=1))
+
+
+@pytest.mark.slow
+def test_samples_lead_away_from_negative_prompts():
     task = change(model={"text_features": 8}, text=TEXT)
     text = np.stack([to_bytes(t, 12) for t in ("red", "green")])
     params, keys = random_params(task), jax.random.split(jax.random.key(0), 2)
@@ -266,8 +273,6 @@ def test_guidance_leads_away_from_what_is_negative():
     away = sample(Wanted(text=text, negative=np.stack([to_bytes("blue", 12), to_bytes("", 12)])))
     assert np.abs(away - plain)[0].max() > 1e-3
     np.testing.assert_allclose(away[1], plain[1], atol=1e-5)  # "" is nothing
-    with pytest.raises(UserError, match="takes 'negative' beside 'text' alone"):
-        TASK.sample({}, Pixels(), Wanted(negative=text), keys, Ddim(num_steps=1))
 
 
 def test_images_join_with_their_share():

@@ -4,6 +4,7 @@ import abc
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -125,7 +126,7 @@ class FrozenTextConfig(TextConfig):
         """Structure of the encoder."""
         return _network(self)
 
-    def folder(self, *, download: bool = True) -> Any:
+    def folder(self, *, download: bool = True) -> Path:
         """Where its files lie; see `hub.folder_of`."""
         return folder_of(self.path, self.revision, download=download)
 
