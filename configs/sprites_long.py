@@ -16,7 +16,7 @@ plans of `config.task.frames.schemes` do, half by FDM's mixture (2205.11495), an
 where they lie. `benchmarks/long_video.py` trains it and generates minutes by every scheme;
 docs/long_video.md says what to expect.
 
-Hardware: 1 CPU core, about 15 minutes.
+Hardware: 1 CPU core, about 20 minutes.
 Variants: `debug` takes a few steps of a tiny network in seconds, on clips of 9 frames of 32x32.
 """
 

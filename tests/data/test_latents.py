@@ -337,7 +337,9 @@ def test_codes_come_back(encode, data, tmp_path):
     np.testing.assert_allclose(tokenizer.from_codes(batch["codes"]), latents, rtol=1e-5)
 
 
-@pytest.mark.parametrize("quantizer, channels", [(Identity(), 4), (Lfq(), 6)])
+@pytest.mark.parametrize(
+    "quantizer, channels", [pytest.param(Identity(), 4, marks=pytest.mark.slow), (Lfq(), 6)]
+)
 def test_long_clips_are_encoded_chunk_by_chunk(
     encode, data, tmp_path, monkeypatch, quantizer, channels
 ):

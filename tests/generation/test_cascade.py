@@ -54,6 +54,7 @@ def videos(stages):
     return cascade.sample(LABELS, seed=4, progress=False, batch_size=3, **QUICK)
 
 
+@pytest.mark.slow
 def test_stages_by_hand(stages, videos):
     """The same tokenizer hands latents on; another one encodes the pixels."""
     base, larger, largest = stages

@@ -89,6 +89,7 @@ def test_a_step_is_told_what_is_there_and_where(of_stream):
     np.testing.assert_array_equal(found[:, :2], latents[:, 2:4])
 
 
+@pytest.mark.slow
 def test_a_video_is_the_same_in_any_batch(of_stream):
     two = make(of_stream, 21, labels(0, 2), scheme="adaptive", seed=3)
     alone = make(of_stream, 21, scheme="adaptive", seed=3)
@@ -125,6 +126,7 @@ def test_pieces_come_as_soon_as_they_can_be_decoded(of_stream):
     assert np.isnan(latents[:, 6:]).all()
 
 
+@pytest.mark.slow
 def test_a_start_is_gone_on_from(of_stream):
     start = np.random.default_rng(0).integers(0, 255, (1, 25, 16, 16, 3), np.uint8)
     latents = np.zeros((1, 9, 2, 2, 2), np.float32)
@@ -135,6 +137,7 @@ def test_a_start_is_gone_on_from(of_stream):
     assert np.abs(video[:, :25].astype(int) - back).max() <= 1
 
 
+@pytest.mark.slow
 def test_what_is_wanted_may_change_on_the_way(of_stream):
     asked = []
 
@@ -165,6 +168,7 @@ def test_clips_go_on_from_the_last_frames_encoded_anew(of_clips):
     np.testing.assert_array_equal(video[:, 13:21], found[:, 5:])
 
 
+@pytest.mark.slow
 def test_clips_go_on_from_an_image(of_clips):
     start = np.full((1, 1, 16, 16, 3), 90, np.uint8)
     video = make(of_clips, 17, start=start)

@@ -1,5 +1,7 @@
 """Generators with random weights, for the tests beside this file."""
 
+import functools
+
 import jax
 import numpy as np
 
@@ -30,6 +32,7 @@ def tokenizer(seed=1):
     return FrozenTokenizer.create(TOKENIZER, params, np.zeros(2), np.ones(2))
 
 
+@functools.cache
 def generator(task, devices=1, seed=1, fps=8.0):
     """Of a task with this tokenizer, on so many devices."""
     params = drawn(jax.eval_shape(task.init, jax.random.key(0)), 0)

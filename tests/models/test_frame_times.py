@@ -38,6 +38,7 @@ def test_no_other_position_tells_frames_apart():
     assert "temporal_embedding" not in network_of(CONFIG)[1]
 
 
+@pytest.mark.slow
 def test_images_pass_at_the_videos_beginning():
     image = Z[:, :1]
     np.testing.assert_allclose(MODEL(image, T), out([0], [0], z=image), atol=1e-5)
