@@ -66,7 +66,7 @@ def _arguments() -> argparse.Namespace:
     ours.add_argument("--width", type=int, default=256)
     ours.add_argument("--layers", type=int, default=8)
     ours.add_argument("--heads", type=int, default=4)
-    ours.add_argument("--grid", type=_grid, default=(3, 16, 16), metavar="TxHxW")
+    ours.add_argument("--grid", type=grid, default=(3, 16, 16), metavar="TxHxW")
     ours.add_argument("--batch", type=int, default=2)
     ours.add_argument("--repeats", type=int, default=5)
     ours.add_argument("--compile", action="store_true", help="PyTorch through torch.compile")
@@ -77,7 +77,8 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _grid(text: str) -> tuple[int, int, int]:
+def grid(text: str) -> tuple[int, int, int]:
+    """Reads TxHxW."""
     frames, rows, columns = map(int, text.split("x"))
     return frames, rows, columns
 
@@ -105,7 +106,7 @@ def compare(args: argparse.Namespace) -> Iterator[Record]:
         remat=False,
         dtype="float32",
     )
-    params, inputs = _random_params(config), _inputs(config, args.batch)
+    params, inputs = random_params(config), _inputs(config, args.batch)
     model = twin.TorchDenoiser(config).to(args.device)
     model.load_state_dict(twin.torch_state(params))
     tensors = [torch.tensor(np.asarray(x), device=args.device) for x in inputs]
@@ -201,7 +202,7 @@ def _inputs(config: DenoiserConfig, batch: int) -> tuple[jax.Array, ...]:
     return diffusion.add_noise(x0, eps, t), t, label, target
 
 
-def _random_params(config: DenoiserConfig) -> Any:
+def random_params(config: DenoiserConfig) -> Any:
     """Kernels that keep the variance; all else near its usual size, so that all of it counts."""
     rng = np.random.default_rng(0)
 

@@ -133,7 +133,8 @@ def price(args: argparse.Namespace, tensors: dict[str, np.ndarray]) -> list[Reco
       UserError: no TPU compiler.
     """
     jax.config.update("jax_platforms", "cpu")
-    from benchmarks.tpu_estimate import CHIPS, NOTE, estimate, peak_share
+    from walt_jax.rehearsal.chips import CHIPS
+    from walt_jax.rehearsal.estimate import NOTE, estimate, peak_share
 
     params = i3d.assemble(tensors)
     clip = jax.ShapeDtypeStruct((1, args.frames, 224, 224, 3), jnp.float32)

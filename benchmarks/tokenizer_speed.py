@@ -98,7 +98,7 @@ def compare(args: argparse.Namespace) -> Iterator[Record]:
     # In proportion to the paper's: four channels a group at the first level.
     groups = max(1, args.channels // 4)
     config = TokenizerConfig(channels=args.channels, norm_groups=groups, dtype="float32")
-    params = _random_params(config)
+    params = random_params(config)
     x = jax.random.uniform(jax.random.key(1), (args.batch, *args.video, 3), minval=-1.0)
     model = twin.TorchTokenizer(config).to(args.device, memory_format=torch.channels_last_3d)
     twin.load_params(model, params)
@@ -159,7 +159,7 @@ def _network(config: TokenizerConfig) -> Network[Tokenizer]:
     return Network.of(lambda rngs: Tokenizer(config, rngs=rngs))
 
 
-def _random_params(config: TokenizerConfig) -> Any:
+def random_params(config: TokenizerConfig) -> Any:
     """Kernels that keep the variance; scales near 1 and biases near 0 that all count."""
     rng = np.random.default_rng(0)
 

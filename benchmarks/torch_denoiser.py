@@ -7,7 +7,7 @@ as they are there, so that the parameters carry over by path. Latents are (B, T,
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -160,6 +160,33 @@ def evaluate(model: nn.Module, z: Tensor, t: Tensor, label: Tensor) -> Tensor:
     if z.is_cuda:
         torch.cuda.synchronize()
     return out
+
+
+@torch.no_grad()
+def sample(
+    model: nn.Module,
+    noise: Tensor,
+    label: Tensor,
+    none: Tensor,
+    scale: float,
+    plan: Sequence[tuple[float, ...]],
+) -> Tensor:
+    """Latents by deterministic DDIM, of a network that predicts v, with guidance by class.
+
+    Args:
+      noise: (B, T, H, W, C), x at the last time.
+      label, none: int (B,), classes, and the label of no class.
+      scale: of guidance.
+      plan: of each step the time, and signal and noise before and after it.
+    """
+    x, labels = noise, torch.cat([none, label])
+    for t, signal, level, signal_after, level_after in plan:
+        times = torch.full((2 * len(x),), t, device=x.device)
+        without, told = model(torch.cat([x, x]), times, labels).chunk(2)
+        v = without + scale * (told - without)
+        x0, eps = signal * x - level * v, level * x + signal * v
+        x = signal_after * x0 + level_after * eps
+    return x
 
 
 def differentiate(model: nn.Module, z: Tensor, t: Tensor, label: Tensor, target: Tensor) -> float:

@@ -6,8 +6,9 @@
 
 Each step shrinks the clips, encodes both resolutions by the tokenizer of
 `configs/tokenizer_t2v.py`, and adds noise to the small latents; so the data are pixels, not
-latents. All but what is here is `configs/walt_t2v.py`'s, whose docstring says more, of text and its
-encoder too. `walt_jax.generation.Generator.sample` takes the low-resolution latents as `low`.
+latents; T5 reads the captions in every step, too. All but what is here is
+`configs/walt_t2v.py`'s, whose docstring says more. `walt_jax.generation.Generator.sample` takes the
+low-resolution latents as `low`.
 
 1.3B parameters (40 layers of width 1408, patches of 2x2; table 8), no self-conditioning: the
 low-resolution latents are an estimate already.

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from walt_jax import config as config_lib
@@ -203,6 +204,17 @@ def test_batches_of_a_config(config, names):
     found = list(batches(_experiment(config)))
     assert [name for name, _ in found] == names
     assert all(x.shape[0] == 8 for _, shapes in found for x in shapes.values())
+
+
+def test_a_published_text_encoder_is_rehearsed_without_its_files():
+    (_, cached), *_ = batches(_experiment("walt_t2v.py"))
+    assert cached["text_embeddings"].shape == (512, 128, 2048) and "text" not in cached
+    experiment = _experiment("walt_sr1.py")
+    (_, run), *_ = batches(experiment)
+    assert run["text"].shape == (512, 128) and run["text"].dtype == np.int32
+    frozen = experiment.task.stand_in()
+    assert sum(leaf.size for leaf in jax.tree.leaves(frozen.text)) == 1_223_527_424
+    assert _experiment("walt_t2v.py").task.stand_in().text is None
 
 
 @pytest.mark.parametrize(

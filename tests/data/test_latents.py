@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import small_text
 
+from walt_jax.data import latents
 from walt_jax.data.buckets import Bucket, BucketsConfig
 from walt_jax.data.directories import lock_directory
 from walt_jax.data.latents import LATENT_FEATURES, encode_dataset
@@ -336,6 +337,29 @@ def test_codes_come_back(encode, data, tmp_path):
     np.testing.assert_allclose(tokenizer.from_codes(batch["codes"]), latents, rtol=1e-5)
 
 
+@pytest.mark.parametrize("quantizer, channels", [(Identity(), 4), (Lfq(), 6)])
+def test_long_clips_are_encoded_chunk_by_chunk(
+    encode, data, tmp_path, monkeypatch, quantizer, channels
+):
+    """9 frames, 5 latents: chunks of 2, 2 and 1."""
+    options = {
+        "tokenizer": make_tokenizer(quantizer, channels),
+        "data": dataclasses.replace(data, num_frames=9),
+        "epochs": 1,
+    }
+    whole = encode(tmp_path / "whole", **options)
+    monkeypatch.setattr(latents, "_AT_ONCE", 5)
+    monkeypatch.setattr(latents, "_CHUNK", 2)
+    chunks = encode(tmp_path / "chunks", **options)
+    assert len(chunks) == len(whole) == 24
+    for i in (0, 23):
+        one, other = whole.read(i), chunks.read(i)
+        if "codes" in one:
+            np.testing.assert_array_equal(one["codes"], other["codes"])
+        else:
+            np.testing.assert_allclose(one["latents"], other["latents"], atol=2e-3)
+
+
 def test_a_record_of_a_foreign_tokenizer_is_refused(straight, tmp_path):
     examples = [straight.read(i) for i in range(4)]
     examples[2]["tokenizer_hash"] = "somebody else's"
@@ -399,6 +423,21 @@ def test_embeddings_come_to_batches(with_text, text):
     for change in ({"max_tokens": 10}, {"model": dataclasses.replace(text.model, width=8)}):
         with pytest.raises(UserError, match="holds text embeddings of 16 features of up to 11"):
             Pipeline(with_text, config, text_encoder=dataclasses.replace(text, **change), **options)
+
+
+def test_a_caption_that_says_nothing_has_no_tokens(encode, data, text, sprite_records, tmp_path):
+    pytest.importorskip("tokenizers", reason="pip install '.[text]'")
+    videos = open_dataset(sprite_records)
+    examples = [videos.read(i) | {"caption": "up" if i else ""} for i in range(2)]
+    write_dataset(tmp_path / "videos", videos.features, examples, metadata=videos.metadata)
+    quiet = dataclasses.replace(data, path=str(tmp_path / "videos"))
+    latents = encode(tmp_path / "latents", data=quiet, text=text, epochs=1, batch_size=2)
+    config = DataConfig(str(latents.directory))
+    options = {"batch_size": 2, "seed": 0, "split": "all", "shuffle": False}
+    batch = next(Pipeline(latents, config, text_encoder=text, **options).batches())
+    assert batch["text_length"].tolist() == [0, 2]
+    rows = np.abs(batch["text_embeddings"]).sum(-1)
+    assert not rows[0].any() and rows[1, :2].all() and not rows[1, 2:].any()
 
 
 def test_tokens_come_to_batches_without_embeddings(straight, text):

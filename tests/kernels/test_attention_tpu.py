@@ -12,6 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 from walt_jax.kernels import ExtraKv, resolve_window, window_attention
 from walt_jax.kernels.attention.tpu import attention, fits
 from walt_jax.kernels.attention.tpu_plan import FORWARD, make_plan
+from walt_jax.kernels.target import Target, compiling_for, target
 
 SHAPE = (2, 3, 4, 8, 128)  # two heads of 64 share a tile of lanes
 
@@ -131,6 +132,23 @@ def test_equals_the_reference(shape, heads, window):
 )
 def test_an_option_equals_the_reference(options):
     assert_close(SHAPE, 2, (0, 2, 8), **options)
+
+
+@pytest.mark.parametrize(
+    ("shape", "chip"),
+    [
+        (SHAPE, Target(cores=1)),  # the bias is turned once for all windows
+        (SHAPE, Target(cores=1, matrix_unit=256)),  # sums as rows of a product
+        ((3, *SHAPE[1:]), Target(cores=2)),  # turned at each use: cores divide no three videos
+        ((1, 3, 16, 16, 128), Target(cores=1, matrix_unit=256)),  # queries in three parts
+    ],
+)
+def test_chips_differ_in_what_they_do_and_not_in_what_comes_out(shape, chip):
+    with compiling_for(chip):
+        assert target() == chip
+        window = (0, 0, 0) if shape[0] == 1 else (0, 2, 8)
+        options = {"bias": True} if shape[0] == 1 else {"bias": True, "causal": 2}
+        assert_close(shape, 2, window, **options)
 
 
 ALL = {"bias": True, "extra": 5, "norm": True, "causal": 2}

@@ -155,12 +155,29 @@ def test_identity_is_without_cost():
 # Text.
 
 
+def test_pooled_text_is_the_mean_of_what_is_no_padding():
+    config = dataclasses.replace(ONE, text_features=6, pooled_text=True)
+    embed = network_of(config)[0].bind(random_params(config)).embed
+    mask = jnp.array([[True, True, False], [False] * 3])
+    text = jax.random.normal(jax.random.key(4), (2, 3, 6))
+    time, pooled = embed.vectors(jnp.array([1, 2]), Conditions(text=text, text_mask=mask))
+    wanted = jnp.stack([text[0, :2].mean(0), jnp.zeros(6)])
+    np.testing.assert_allclose(pooled, embed.pooled(wanted), atol=1e-6)
+    assert pooled.shape == time.shape
+    _, whole = embed.vectors(jnp.array([1, 2]), Conditions(text=text))
+    np.testing.assert_allclose(whole, embed.pooled(text.mean(1)), atol=1e-6)
+    with pytest.raises(UserError, match="pooled_text=True pools text"):
+        dataclasses.replace(ONE, pooled_text=True)
+
+
 @pytest.mark.parametrize(
-    ("queries", "norm"), [(True, "modulated"), (True, "plain"), (False, "none")]
+    ("queries", "norm", "pooled"),
+    [(True, "modulated", False), (True, "plain", False), (False, "none", True)],
 )
-def test_padding_of_the_text_is_never_seen(queries, norm):
+def test_padding_of_the_text_is_never_seen(queries, norm, pooled):
     cross = CrossAttentionConfig(queries=queries, norm=norm)
-    model = build(dataclasses.replace(ONE, text_features=6, cross_attention=cross))
+    config = dataclasses.replace(ONE, text_features=6, cross_attention=cross, pooled_text=pooled)
+    model = build(config)
     z, mask = latents(2), jnp.array([[True, True, False, False], [False] * 4])
 
     @jax.jit

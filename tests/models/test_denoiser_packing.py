@@ -116,7 +116,7 @@ CASES = {
         (1, 2, 2),
     ),
     "text": (
-        change(WINDOWS, text_features=7, conditioning="adaln_single"),
+        change(WINDOWS, text_features=7, pooled_text=True, conditioning="adaln_single"),
         (2, 4, 4),
     ),
     "text alone": (

@@ -2,6 +2,11 @@
 
 import dataclasses
 import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -114,6 +119,64 @@ def test_a_process_reads_its_own_slices_alone(tmp_path, monkeypatch):
     np.testing.assert_array_equal(found, expected)
 
 
+COUNTING = """
+import sys
+import jax
+from small_text import T5, t5
+from walt_jax.models.text import FrozenText, published
+from walt_jax.parallel import MeshConfig, make_mesh
+
+folder, port, process = sys.argv[1:]
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(process))
+take, read = published.Tensor.__getitem__, []
+mesh, frozen = make_mesh(MeshConfig(data=1, fsdp=-1)), FrozenText.open(t5(folder))
+
+
+def counted(self, index):
+    read.append(take(self, index))
+    return read[-1]
+
+
+published.Tensor.__getitem__ = counted
+params = FrozenText.load(t5(folder), mesh).params
+half = params["layers"]["up"]["kernel"].addressable_shards
+asked = sum(x.size for x in read) - HASHED
+print(mesh.size, len(half), asked, max(x.size for x in read))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_read_a_half_each(tmp_path):
+    text = t5(tmp_path)
+    written = write(text)
+    rows = sum(3 * x.shape[1] if x.ndim == 2 else x.size for x in written.values())
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    here = Path(__file__).parents[1]
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": "4",
+        "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]),
+    }
+    command = [sys.executable, "-c", COUNTING.replace("HASHED", str(rows)), str(tmp_path), port]
+    processes = [
+        subprocess.Popen([*command, str(i)], env=env, stdout=subprocess.PIPE, text=True)
+        for i in range(2)
+    ]
+    outs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    whole = {n: x for n, x in written.items() if x.ndim == 1 or "bias" in n}
+    vectors = sum(x.size for x in whole.values())
+    matrices = sum(x.size for n, x in written.items() if n not in whole)
+    for out in outs:
+        devices, mine, asked, largest = map(int, out.split())
+        assert (devices, mine) == (8, 4)
+        # Each of four devices is given the small ones whole, and its eighth of a matrix.
+        assert asked <= matrices // 2 + 4 * vectors
+        assert largest < max(x.size for x in written.values()) / 2
+
+
 def test_a_mesh_gives_the_same_embeddings(tmp_path):
     ids = np.array([[3, 4, 6, 1, -1, -1], [3, 5, 6, 7, 8, 1]] * 4, np.int32)
     for text in (t5(tmp_path / "a"), clip(tmp_path / "b")):
@@ -138,6 +201,11 @@ def test_a_hash_names_weights_and_not_files(tmp_path):
     same = t5(tmp_path / "b", max_tokens=9)
     write(same, shards=2)
     assert FrozenText.open(same).hash == digest
+    exact = dataclasses.replace(base, model=dataclasses.replace(T5, dtype="bfloat16"))
+    assert FrozenText.open(exact).hash == digest
+    pair = [clip(tmp_path / "d"), clip(tmp_path / "d", clip_skip=1)]
+    write(pair[0])
+    assert len({FrozenText.open(text).hash for text in pair}) == 2
     other = t5(tmp_path / "c")
     write(other, seed=1)
     assert FrozenText.open(other).hash != digest

@@ -89,7 +89,7 @@ STAGED = {
     # An attention and a cross-attention more in the layers: 12 vectors where there were 6.
     "vivit-3-text": (
         dataclasses.replace(PLAIN, conditioning="adaln_lora"),
-        {**FACTORISED, "order": "block", "text_features": 6},
+        {**FACTORISED, "order": "block", "text_features": 6, "pooled_text": True},
         {},
         TEXT,
     ),

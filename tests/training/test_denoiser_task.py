@@ -244,6 +244,32 @@ def test_guidance_goes_from_nothing_said_to_all():
     assert Wanted(low=jnp.ones(2)).steps(0, Constant(2.0), Constant(2.0))[1] == []
 
 
+def test_guidance_leads_away_from_what_is_negative():
+    said, other = jnp.ones((2, 3), np.uint8), jnp.full((2, 3), 7, np.uint8)
+    wanted = Wanted(text=said, negative=other, given=jnp.ones((2, 1, 1, 1, 1)))
+    wanted = dataclasses.replace(wanted, given_mask=jnp.ones((2, 1, 1, 1), bool))
+    steps, scales = wanted.steps(0, Constant(2.0), Constant(3.0))
+    assert scales == [Constant(3.0), Constant(2.0)]
+    assert [int(s.text[0, 0]) for s in steps] == [7, 7, 1]
+    assert all(s.negative is None for s in steps)
+    with pytest.raises(UserError, match="acts through guidance, which is 1, none: raise it"):
+        wanted.steps(0, Constant(1.0), Constant(3.0))
+    task = change(model={"text_features": 8}, text=TEXT)
+    text = np.stack([to_bytes(t, 12) for t in ("red", "green")])
+    params, keys = random_params(task), jax.random.split(jax.random.key(0), 2)
+
+    @jax.jit
+    def sample(wanted):
+        return task.sample(params, Pixels(), wanted, keys, Ddim(num_steps=1), Constant(3.0))
+
+    plain = sample(Wanted(text=text))
+    away = sample(Wanted(text=text, negative=np.stack([to_bytes("blue", 12), to_bytes("", 12)])))
+    assert np.abs(away - plain)[0].max() > 1e-3
+    np.testing.assert_allclose(away[1], plain[1], atol=1e-5)  # "" is nothing
+    with pytest.raises(UserError, match="takes 'negative' beside 'text' alone"):
+        TASK.sample({}, Pixels(), Wanted(negative=text), keys, Ddim(num_steps=1))
+
+
 def test_images_join_with_their_share():
     images = {"latents": BATCH["latents"][:2, :1] + 1, "label": BATCH["label"][:2]}
     joint = BATCH | {f"image/{name}": array for name, array in images.items()}

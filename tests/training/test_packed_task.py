@@ -6,6 +6,7 @@ import functools
 import jax
 import numpy as np
 import pytest
+import small_text
 from test_denoiser_task import TEXT, random_params
 
 from walt_jax.data.packing import Packed, PackingConfig, chosen, fill_row
@@ -51,6 +52,8 @@ def packed_batch(packing, drop=1.0):
             "latents": rng.standard_normal((*shape, 2)).astype(np.float32),
             "label": np.int32(i + 1),
             "text": to_bytes(f"video {i}", 12),
+            "text_embeddings": rng.standard_normal((5, 8)).astype(np.float16),
+            "text_length": np.int32(i + 2),
         }
         for i, shape in enumerate(SHAPES)
     ]
@@ -59,6 +62,12 @@ def packed_batch(packing, drop=1.0):
     filled = [fill_row(row, lambda i: dict(clips[i]), packing, seed=0) for row in rows]
     batch = {name: np.stack([row[name] for row in filled]) for name in filled[0]}
     return clips, rows, batch
+
+
+def read(task, batch):
+    """Of a batch what the task's captions are: bytes or embeddings."""
+    cached = task.text is not None and not task.text.trained
+    return {n: x for n, x in batch.items() if cached or not n.startswith("text_")}
 
 
 def drawn(task, packing, rows, clips):
@@ -88,7 +97,11 @@ def by_hand(task, params, videos):
         x_t = task.diffusion.add_noise(x0, eps, t)
         told = Conditions(label=clip["label"][None])
         if task.text is not None:
-            text, mask = task.text_network.bind(params["text"])(clip["text"][None])
+            if task.text.trained:
+                text, mask = task.text_network.bind(params["text"])(clip["text"][None])
+            else:
+                text = clip["text_embeddings"][None]
+                mask = np.arange(5)[None] < clip["text_length"]
             told = dataclasses.replace(told, text=text, text_mask=mask)
         denoiser = {k: v for k, v in params.items() if k != "text"}
         if task.model.self_conditioning:
@@ -120,10 +133,20 @@ TASKS = {
         (2, 4, 4),
         6,
     ),
+    "embeddings": (
+        DenoiserTask(
+            model=dataclasses.replace(WINDOWS, text_features=8),
+            text=small_text.t5("nowhere", model=dataclasses.replace(small_text.T5, width=8)),
+            text_dropout=0.0,
+            **PLAIN,
+        ),
+        (2, 4, 4),
+        6,
+    ),
 }
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("tokens", "text")]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("tokens", "text", "embeddings")]
 
 
 @pytest.mark.parametrize("name", ["windows", *SLOW])
@@ -134,7 +157,7 @@ def test_loss_and_gradients_are_those_of_the_videos(name):
     params, key = random_params(task), jax.random.key(3)
 
     def packed(params):
-        return task.loss(params, {}, None, batch, key, STEP, Layout())[0]
+        return task.loss(params, {}, None, read(task, batch), key, STEP, Layout())[0]
 
     videos = list(drawn(task, packing, rows, clips))
     alone = functools.partial(by_hand, task, videos=videos)

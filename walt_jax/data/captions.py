@@ -51,12 +51,12 @@ class Captions:
 
     def arrays(self) -> dict[str, tuple[tuple[int, ...], Any]]:
         """Name -> shape and dtype, of one record."""
-        if self.cached:
-            shape = (self.encoder.max_tokens, self.encoder.width)
-            return {EMBEDDINGS: (shape, np.float16), LENGTH: ((), np.int32)}
-        if self.encoder is not None:
+        if self.encoder is None:
+            return {"text": ((self.num_bytes,), np.uint8)} if self.num_bytes else {}
+        if not self.cached:
             return {"text": ((self.encoder.max_tokens,), np.int32)}
-        return {"text": ((self.num_bytes,), np.uint8)} if self.num_bytes else {}
+        shape = (self.encoder.max_tokens, self.encoder.width)
+        return {EMBEDDINGS: (shape, np.float16), LENGTH: ((), np.int32)}
 
     def read(self, record: dict[str, Any]) -> dict[str, Any]:
         """The arrays of a record, and its `caption`; long captions are cut.
@@ -65,18 +65,16 @@ class Captions:
           UserError: the record's embeddings are of another encoder than its dataset says.
         """
         caption = record["caption"]
-        if self.cached:
-            if (made_by := record["text_hash"]) != self.cached:
-                raise UserError(
-                    f"A record of {record['source']} in {self.where} has text embeddings by "
-                    f"encoder {made_by}, not by {self.cached}: encode the videos again."
-                )
-            found = record[EMBEDDINGS]
-            embeddings = np.zeros(*self.arrays()[EMBEDDINGS])
-            embeddings[: len(found)] = found
-            return {"caption": caption, EMBEDDINGS: embeddings, LENGTH: np.int32(len(found))}
-        if self.encoder is not None:
+        if self.encoder is None:
+            text = {"text": to_bytes(caption, self.num_bytes)} if self.num_bytes else {}
+            return {"caption": caption, **text}
+        if not self.cached:
             return {"caption": caption, "text": self.encoder.tokenize([caption], cut=True)[0]}
-        if self.num_bytes:
-            return {"caption": caption, "text": to_bytes(caption, self.num_bytes)}
-        return {"caption": caption}
+        if (made_by := record["text_hash"]) != self.cached:
+            raise UserError(
+                f"A record of {record['source']} in {self.where} has text embeddings by encoder "
+                f"{made_by}, not by {self.cached}: encode the videos again."
+            )
+        length, embeddings = record[LENGTH], np.zeros(*self.arrays()[EMBEDDINGS])
+        embeddings[:length] = record[EMBEDDINGS][:length]
+        return {"caption": caption, EMBEDDINGS: embeddings, LENGTH: np.int32(length)}

@@ -16,7 +16,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 import tqdm
 
-from walt_jax.data.captions import EMBEDDINGS
+from walt_jax.data.captions import EMBEDDINGS, LENGTH
 from walt_jax.data.parts import Parts
 from walt_jax.data.pipeline import DataConfig, HostBatch, Pipeline
 from walt_jax.data.records import Dataset, exact, open_dataset
@@ -25,11 +25,14 @@ from walt_jax.models.text import Embeddings, FrozenText, FrozenTextConfig
 from walt_jax.models.text.frozen import check_finite, half
 from walt_jax.models.tokenizer.frozen import FrozenTokenizer
 from walt_jax.models.tokenizer.quantizers import pack_codes
+from walt_jax.models.tokenizer.streaming import encode_chunks, split_frames
 from walt_jax.parallel import Layout, MeshConfig, make_mesh
 from walt_jax.parallel.sharding import batch_sharding, frozen_shardings, place, replicated
 from walt_jax.progress import bar as progress_bar
 from walt_jax.tasks import to_unit
 
+_AT_ONCE = 65  # frames; longer clips are encoded chunk by chunk, in memory that does not grow
+_CHUNK = 16  # latent frames
 _COMMON = {
     "num_frames": tfds.features.Scalar(np.int64),  # t, h and w of the latents
     "height": tfds.features.Scalar(np.int64),
@@ -47,7 +50,8 @@ CODE_FEATURES = tfds.features.FeaturesDict(
     {"codes": exact(np.uint8, None), **_COMMON}  # (t, h, w) by `pack_codes`
 )
 TEXT_FEATURES = {
-    EMBEDDINGS: exact(np.float16, None, None),  # (tokens, width), none of padding
+    EMBEDDINGS: exact(np.float16, None, None),  # (tokens, width); of none one row: TFDS reads no 0
+    LENGTH: tfds.features.Scalar(np.int64),  # tokens
     "text_hash": tfds.features.Text(),
 }
 
@@ -150,9 +154,10 @@ def encode_dataset(
                     else {"latents": latent}
                 )
                 if said is not None:
-                    tokens = said.tokens[row][said.mask[row]]
+                    length = int(said.mask[row].sum())
+                    tokens = said.tokens[row, : max(1, length)]
                     check_finite(tokens, text.path)
-                    content |= {EMBEDDINGS: tokens, "text_hash": encoder.hash}
+                    content |= {EMBEDDINGS: tokens, LENGTH: length, "text_hash": encoder.hash}
                 yield content | {
                     "num_frames": t,
                     "height": h,
@@ -242,6 +247,16 @@ def _encode(
         x, layout = to_unit(video), Layout(mesh)
         return weights.codes(x, layout) if discrete else weights.encode(x, layout).astype("float16")
 
+    def encode_long(video: np.ndarray) -> np.ndarray:
+        chunk = _CHUNK * tokenizer.config.factors[0]
+        first = 1 + chunk - tokenizer.config.factors[0]
+        pieces = (place(x, batch_sharding(mesh)) for x in split_frames(video, chunk, first))
+        found = encode_chunks(weights, map(to_unit, pieces), Layout(mesh))
+        if discrete:
+            found = (tokenizer.config.quantizer.codes(weights.denormalise(z)) for z in found)
+        latents = np.concatenate([np.asarray(z) for z in found], axis=1)
+        return latents if discrete else latents.astype("float16")
+
     @jax.jit
     def read(encoder: FrozenText, tokens: jax.Array) -> Embeddings:
         return half(encoder(tokens, Layout(mesh)))
@@ -258,7 +273,10 @@ def _encode(
             if encoder is not None:
                 tokens = encoder.config.tokenize([str(c) for c in batch["caption"]], cut=True)
                 said = read(texts["text"], place(tokens[rows], batch_sharding(mesh)))
-            latents = encode(weights, place(video[rows], batch_sharding(mesh)))
+            if video.shape[1] > _AT_ONCE:
+                latents = encode_long(video[rows])
+            else:
+                latents = encode(weights, place(video[rows], batch_sharding(mesh)))
             yield _Encoded(k, batch, latents, said)
 
     # In pairs, so that the devices have the next batch while this one is written.

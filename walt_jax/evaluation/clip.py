@@ -20,6 +20,10 @@ from walt_jax.errors import UserError
 from walt_jax.evaluation import published, vit
 from walt_jax.evaluation.features import Extractor, single_frames
 from walt_jax.evaluation.resize import by_name
+from walt_jax.models.text import ClipConfig, ClipTextConfig, FrozenText
+from walt_jax.models.text.base import PADDING
+from walt_jax.models.text.clip import quick_gelu
+from walt_jax.parallel.sharding import path_of
 from walt_jax.weights import cache_folder
 
 PyTree = Any
@@ -152,19 +156,19 @@ def _texts(file: published.Published, path: epath.Path) -> Any:
     if not path.exists():
         raise UserError(f"{path} is missing: get {FILE.where} and put both into one folder.")
     tokenizer = Tokenizer.from_str(path.read_text())
-    params = text_params(file)
-    length = len(params["positions"])
+    encoder = text_encoder(file)
+    length = encoder.config.model.places
     tokenizer.enable_truncation(length)
+    projection = text_projection(file)
     program = jax.jit(text)
 
     def embed(texts: Sequence[str]) -> np.ndarray:
         rows = [encoded.ids for encoded in tokenizer.encode_batch(list(texts))]
-        ids = np.zeros((len(rows), length), np.int32)
+        ids = np.full((len(rows), length), PADDING, np.int32)
         for row, found in zip(ids, rows):
             row[: len(found)] = found
-        ends = np.array([len(found) - 1 for found in rows], np.int32)
         with jax.default_matmul_precision("highest"):
-            return jax.device_get(program(params, *jax.device_put((ids, ends))))
+            return jax.device_get(program(encoder, projection, jax.device_put(ids)))
 
     return embed
 
@@ -185,16 +189,39 @@ def vision_params(file: published.Published) -> PyTree:
     }
 
 
-def text_params(file: published.Published) -> PyTree:
-    """Of the tower of texts."""
+def text_encoder(file: published.Published) -> FrozenText:
+    """The tower of texts."""
     take, at = _any_shape(file), "text_model"
-    return {
-        "tokens": take(f"{at}.embeddings.token_embedding.weight"),
-        "positions": take(f"{at}.embeddings.position_embedding.weight"),
-        "blocks": _blocks(take, file, at),
-        "after": _norm(take, f"{at}.final_layer_norm"),
-        "projection": np.ascontiguousarray(take("text_projection.weight").T),
-    }
+    words, places = (
+        take(f"{at}.embeddings.{name}_embedding.weight") for name in ("token", "position")
+    )
+    model = ClipConfig(
+        width=words.shape[1],
+        mlp_width=len(take(f"{at}.encoder.layers.0.mlp.fc1.weight")),
+        num_layers=_depth(file, at),
+        num_heads=words.shape[1] // _HEAD,
+        vocabulary=len(words),
+        places=len(places),
+        epsilon=_EPSILON,
+        dtype="float32",
+    )
+    config = ClipTextConfig("", max_tokens=len(places), model=model)
+    names = config.tensors()
+
+    def one(place: Any, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        path = path_of(place)
+        name, stacked = names[path][0], path.startswith("layers/")
+        parts = [take(name.format(i)) for i in range(leaf.shape[0] if stacked else 1)]
+        parts = [part.T if path.endswith("kernel") else part for part in parts]
+        return np.stack(parts) if stacked else parts[0]
+
+    params = jax.tree_util.tree_map_with_path(one, config.network.shapes())
+    return FrozenText(params, config, file.sha256)
+
+
+def text_projection(file: published.Published) -> np.ndarray:
+    """From the text tower's width to the embeddings'."""
+    return np.ascontiguousarray(_any_shape(file)("text_projection.weight").T)
 
 
 def vision(params: PyTree, x_NHWC: jax.Array) -> jax.Array:
@@ -202,22 +229,20 @@ def vision(params: PyTree, x_NHWC: jax.Array) -> jax.Array:
     tokens = vit.patches(x_NHWC[:, None], params["patch"])
     first = jnp.broadcast_to(params["class"], (len(tokens), 1, tokens.shape[-1]))
     x = jnp.concatenate([first, tokens], 1) + params["positions"]
-    x = _encode(params["blocks"], vit.norm(x, params["before"], _EPSILON))
+    x = vit.encode(
+        params["blocks"],
+        vit.norm(x, params["before"], _EPSILON),
+        heads=x.shape[-1] // _HEAD,
+        activation=quick_gelu,
+        epsilon=_EPSILON,
+    )
     return _unit(vit.norm(x[:, 0], params["after"], _EPSILON) @ params["projection"])
 
 
-def text(params: PyTree, ids_NL: jax.Array, ends_N: jax.Array) -> jax.Array:
-    """Token ids and the place of the end token to embeddings of length 1, float32 (N, D)."""
-    x = params["tokens"][ids_NL] + params["positions"]
-    x = _encode(params["blocks"], x, causal=True)
-    x = vit.norm(x[jnp.arange(len(x)), ends_N], params["after"], _EPSILON)
-    return _unit(x @ params["projection"])
-
-
-def _encode(blocks: PyTree, x: jax.Array, causal: bool = False) -> jax.Array:
-    gelu = lambda y: y * jax.nn.sigmoid(1.702 * y)  # noqa: E731
-    heads = x.shape[-1] // _HEAD
-    return vit.encode(blocks, x, heads=heads, activation=gelu, epsilon=_EPSILON, causal=causal)
+def text(encoder: FrozenText, projection: jax.Array, ids_NL: jax.Array) -> jax.Array:
+    """Token ids, -1 behind the end token, to embeddings of length 1, float32 (N, D)."""
+    _, ends = encoder.config.network.bind(encoder.params).states(ids_NL)
+    return _unit(ends @ projection)
 
 
 def _unit(x: jax.Array) -> jax.Array:
@@ -251,5 +276,9 @@ def _blocks(take: Any, file: published.Published, at: str) -> PyTree:
             "down": dense(f"{here}.mlp.fc2"),
         }
 
-    depth = sum(n.startswith(f"{at}.") and n.endswith("layer_norm1.weight") for n in file.names)
-    return vit.stack([block(f"{at}.encoder.layers.{i}") for i in range(max(1, depth))])
+    return vit.stack([block(f"{at}.encoder.layers.{i}") for i in range(_depth(file, at))])
+
+
+def _depth(file: published.Published, at: str) -> int:
+    found = sum(n.startswith(f"{at}.") and n.endswith("layer_norm1.weight") for n in file.names)
+    return max(1, found)

@@ -22,7 +22,6 @@ def encode(
     heads: int,
     activation: Callable[[jax.Array], jax.Array],
     epsilon: float,
-    causal: bool = False,
 ) -> jax.Array:
     """Runs blocks of attention and MLP, each with a norm before it and a shortcut around it.
 
@@ -33,15 +32,12 @@ def encode(
       heads: D is a multiple of it.
       activation: between up and down.
       epsilon: of the norms.
-      causal: whether a token sees only itself and those before.
     """
 
     def block(x: jax.Array, p: PyTree) -> tuple[jax.Array, None]:
         qkv = dense(norm(x, p["norm1"], epsilon), p["qkv"])
         q, k, v = (y.reshape(*y.shape[:-1], heads, -1) for y in jnp.split(qkv, 3, -1))
         scores = jnp.einsum("blhk,bmhk->bhlm", q, k) / np.sqrt(q.shape[-1])
-        if causal:
-            scores = jnp.where(jnp.tri(q.shape[1], dtype=bool), scores, -jnp.inf)
         seen = jnp.einsum("bhlm,bmhk->blhk", jax.nn.softmax(scores, -1), v)
         x = x + dense(seen.reshape(x.shape), p["out"])
         inner = activation(dense(norm(x, p["norm2"], epsilon), p["up"]))

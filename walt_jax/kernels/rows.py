@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from walt_jax.kernels.target import target
+
 LANES = 128
-VMEM = 64 * 2**20  # bytes of v5p; v5e and v6e have twice that, v4 a quarter
 PIXELS = 2048  # of a block, or 4 rows
 CHUNK = 512  # pixels that are worked on at a time
 
@@ -121,14 +122,7 @@ def block_rows(
 
     most = min(max(1, height // 2), max(4, PIXELS // width))
     divisors = (rows for rows in range(most, 0, -1) if height % rows == 0)
-    return next((rows for rows in divisors if held(rows) <= _vmem() * 7 // 8), 0)
-
-
-def _vmem() -> int:
-    """Bytes that a kernel may take of the chip at hand, or of a v5p where none is."""
-    if jax.default_backend() != "tpu":
-        return VMEM
-    return min(VMEM, pltpu.get_tpu_info().vmem_capacity_bytes)
+    return next((rows for rows in divisors if held(rows) <= target().vmem * 7 // 8), 0)
 
 
 def divisor(number: int, most: int) -> int:
@@ -138,4 +132,4 @@ def divisor(number: int, most: int) -> int:
 
 def params(*semantics: str) -> pltpu.CompilerParams:
     """What the compiler is told: of each axis of the grid, whether cores may divide it."""
-    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=_vmem())
+    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=target().vmem)

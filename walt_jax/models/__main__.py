@@ -11,12 +11,19 @@ from walt_jax.models.build import count
 from walt_jax.models.denoiser import Denoiser
 from walt_jax.models.discriminator import Discriminator
 from walt_jax.models.named import DENOISERS, DISCRIMINATORS, TOKENIZERS
+from walt_jax.models.text import CLIP_SIZES, T5_SIZES, ClipEncoder, T5Encoder
 from walt_jax.models.tokenizer import Tokenizer
 
 
 def parameter_counts() -> dict[str, dict[str, int]]:
     """Name -> parameters in all (`total`) and of each sub-network; no array is allocated."""
-    kinds = ((Tokenizer, TOKENIZERS), (Discriminator, DISCRIMINATORS), (Denoiser, DENOISERS))
+    kinds = (
+        (Tokenizer, TOKENIZERS),
+        (Discriminator, DISCRIMINATORS),
+        (Denoiser, DENOISERS),
+        (T5Encoder, T5_SIZES),
+        (ClipEncoder, CLIP_SIZES),
+    )
     counts = {}
     for kind, named in kinds:
         for name, config in named.items():

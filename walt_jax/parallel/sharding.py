@@ -63,6 +63,15 @@ def state_shardings(state: PyTree, mesh: Mesh) -> PyTree:
     return jax.tree_util.tree_map_with_path(one, state)
 
 
+def on_host(shardings: PyTree, shapes: PyTree) -> PyTree:
+    """The same in the memory of the devices' hosts; scalars stay on the devices."""
+    return jax.tree.map(
+        lambda sharding, x: sharding.with_memory_kind("pinned_host") if x.ndim else sharding,
+        shardings,
+        shapes,
+    )
+
+
 def frozen_shardings(frozen: PyTree, mesh: Mesh) -> PyTree:
     """Of what stays fixed in training: a text encoder's weights by RULES, all else everywhere."""
     ruled = state_shardings(frozen, mesh)

@@ -10,6 +10,7 @@ import jax
 from jax.experimental import topologies
 
 from walt_jax.errors import UserError
+from walt_jax.kernels.target import Target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Chip:
       axes: of a slice's torus; a chip has two links along each.
       most: chips of the largest slice.
       wraps: the sides of a slice at which its axes close into rings.
+      target: what kernels ask of it.
     """
 
     topology: str
@@ -37,12 +39,17 @@ class Chip:
     axes: int
     most: int
     wraps: tuple[int, ...]
+    target: Target
 
 
 CHIPS = {
-    "v5e": Chip("v5e:2x2", 1.5e9, 131_072, 16 * 2**30, 45e9, 3.125e9, 2, 256, (16,)),
-    "v5p": Chip("v5p:2x2x1", 1.75e9, 262_144, 95 * 2**30, 90e9, 6.25e9, 3, 6144, (4, 8, 12, 16)),
-    "v6e": Chip("v6e:2x2", 1.75e9, 524_288, 32 * 2**30, 90e9, 12.5e9, 2, 256, (16,)),
+    "v5e": Chip("v5e:2x2", 1.5e9, 131_072, 16 * 2**30, 45e9, 3.125e9, 2, 256, (16,), Target(1)),
+    "v5p": Chip(
+        "v5p:2x2x1", 1.75e9, 262_144, 95 * 2**30, 90e9, 6.25e9, 3, 6144, (4, 8, 12, 16), Target()
+    ),
+    "v6e": Chip(
+        "v6e:2x2", 1.75e9, 524_288, 32 * 2**30, 90e9, 12.5e9, 2, 256, (16,), Target(1, 256)
+    ),
 }
 _FLAT = {(1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16)}
 

@@ -29,6 +29,7 @@ from typing import Any
 import jax
 
 from walt_jax.errors import UserError
+from walt_jax.kernels.target import compiling_for
 from walt_jax.rehearsal.chips import CHIPS, Topology
 from walt_jax.rehearsal.hlo import Instruction, Module
 from walt_jax.weights import cache_folder
@@ -87,7 +88,8 @@ def estimate(
     def flat(*leaves: Any) -> list[Any]:  # a program's file takes no trees with other keys than str
         return jax.tree.leaves(function(*jax.tree.unflatten(structure, leaves)))
 
-    exported = jax.export.export(jax.jit(flat), platforms=["tpu"])(*leaves)
+    with compiling_for(CHIPS[chip].target):
+        exported = jax.export.export(jax.jit(flat), platforms=["tpu"])(*leaves)
     price = functools.partial(_price_kernels, exported, chip) if walk else lambda kernels: {}
     return of_compiled(_compile(exported, chip), price)
 

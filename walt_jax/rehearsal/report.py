@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from walt_jax.kernels.target import compiling_for
 from walt_jax.rehearsal.chips import Topology
 from walt_jax.rehearsal.estimate import NOTE, peak_share, too_large
 from walt_jax.rehearsal.hlo import Instruction, Module
@@ -102,7 +103,8 @@ def rehearse(step: Step, topology: Topology, mesh: Mesh, price: Prices) -> Repor
     about = {"step": step.name, "topology": str(topology), "mesh": sizes}
     limit = topology.chip.hbm
     try:
-        with jax.set_mesh(mesh):  # nothing may run meanwhile: its devices are not there
+        # Nothing may run meanwhile: the mesh's devices are not there.
+        with compiling_for(topology.chip.target), jax.set_mesh(mesh):
             compiled = step.lower().compile()
     except jax.errors.JaxRuntimeError as e:
         if (needed := too_large(e)) is None:

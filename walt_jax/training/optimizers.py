@@ -37,6 +37,8 @@ class OptimizerConfig:
         in memory at a time, the update is of their mean gradient. Noise is drawn for each part.
       grad_dtype: of gradients between the backward pass and the optimizer, and of their sum where
         they are accumulated. The optimizer computes in float32.
+      offload: the optimizer's state rests in the memory of the hosts and comes to the chips for the
+        update only. It costs transfers in every step: for models that do not fit otherwise.
       frozen: regular expressions; parameters in whose paths one is found stay as they are
         (a run's `shardings.txt` lists the paths).
     """
@@ -52,6 +54,7 @@ class OptimizerConfig:
     ema_decay: float = 0.9999
     accumulate: int = 1
     grad_dtype: Literal["float32", "bfloat16"] = "float32"
+    offload: bool = False
     frozen: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

@@ -3,6 +3,7 @@
 What the loop runs is what a benchmark prices for a pod that is not there.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -12,7 +13,14 @@ from jax.sharding import Mesh
 
 from walt_jax.errors import UserError
 from walt_jax.parallel import Layout, state_shardings
-from walt_jax.parallel.sharding import batch_sharding, frozen_shardings, lying, place, replicated
+from walt_jax.parallel.sharding import (
+    batch_sharding,
+    frozen_shardings,
+    lying,
+    on_host,
+    place,
+    replicated,
+)
 from walt_jax.training.experiment import Experiment
 from walt_jax.training.flops import gradient_flops
 from walt_jax.training.optimizers import make_optimizer, make_schedule
@@ -59,7 +67,10 @@ class Program:
         )
         self._create = functools.partial(TrainState.create, self.task, self._optimizer)
         shapes = jax.eval_shape(self._create, jax.random.key(0))
-        self.shardings = state_shardings(shapes, mesh)
+        self.shardings = self._on_devices = state_shardings(shapes, mesh)
+        if self._config.offload:
+            resting = on_host(self.shardings.opt_state, shapes.opt_state)
+            self.shardings = dataclasses.replace(self.shardings, opt_state=resting)
         self.abstract = jax.tree.map(lying, shapes, self.shardings)
 
     def create(self, seed: jax.Array) -> TrainState:
@@ -89,7 +100,9 @@ class Program:
             skips_nonfinite=self._skips,
         )
         jitted = jax.jit(
-            lambda state, frozen, batch, seed: step(state, frozen, batch, jax.random.key(seed)),
+            lambda state, frozen, batch, seed: step(
+                self._fetch(state), frozen, batch, jax.random.key(seed)
+            ),
             donate_argnums=0,
             out_shardings=(self.shardings, replicated(self._mesh)),
         )
@@ -97,6 +110,13 @@ class Program:
         seed = lying(np.zeros((), np.uint32), replicated(self._mesh))
         frozen = jax.tree.map(lying, frozen, frozen_shardings(frozen, self._mesh))
         return jitted.lower(self.abstract, frozen, batch, seed)
+
+    def _fetch(self, state: TrainState) -> TrainState:
+        """The state on the devices; each array comes when the update needs it."""
+        if not self._config.offload:
+            return state
+        fetched = jax.device_put(state.opt_state, self._on_devices.opt_state)
+        return dataclasses.replace(state, opt_state=fetched)
 
     def flops(self, frozen: PyTree, shapes: dict[str, jax.ShapeDtypeStruct]) -> float:
         """Model FLOPs of a step, forward and backward, recomputation left out."""

@@ -103,15 +103,15 @@ def attention(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attention(plans: tuple[Plan, Plan], interpret: Any, x: Inputs) -> jax.Array:
-    return forward(plans[0], x, interpret)
+    return forward(plans[0], x, interpret=interpret)
 
 
 def _save(plans: tuple[Plan, Plan], interpret: Any, x: Inputs) -> tuple[jax.Array, Inputs]:
-    return forward(plans[0], x, interpret), x
+    return forward(plans[0], x, interpret=interpret), x
 
 
 def _pull(plans: tuple[Plan, Plan], interpret: Any, x: Inputs, dy: jax.Array) -> tuple[Inputs]:
-    return (backward(plans[1], x, dy, interpret),)
+    return (backward(plans[1], x, dy, interpret=interpret),)
 
 
 _attention.defvjp(_save, _pull)

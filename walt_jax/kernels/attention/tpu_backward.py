@@ -14,9 +14,13 @@ from walt_jax.kernels.attention.tpu_heads import (
     Inputs,
     Refs,
     ask,
+    at_start,
     biased,
+    by_core,
     dot,
     grid_and_extra,
+    in_hbm,
+    inverse,
     normalise,
     normalise_gradient,
     pipelined,
@@ -24,6 +28,7 @@ from walt_jax.kernels.attention.tpu_heads import (
     quarantine,
     scales,
     specs,
+    turn_bias,
     visible,
 )
 from walt_jax.kernels.attention.tpu_plan import Group, Plan, Task, Tile
@@ -48,13 +53,14 @@ class _Operands(NamedTuple):
     dy: jax.Array
 
 
+@functools.partial(jax.jit, static_argnames=("plan", "interpret"))
 def backward(plan: Plan, x: Inputs, dy: jax.Array, interpret: Any = False) -> Inputs:
     """The gradients of `forward`, None for integers."""
     names, arrays, blocks = specs(plan, x)
     names, arrays, blocks = ["dy", *names], [plan.view(dy), *arrays], [plan.of_queries(), *blocks]
     columns, steps, *rest = plan.pallas_grid(len(dy))
     # Each core of a chip sums the bias gradient of its own heads, or else of half the batch.
-    cores = 2 if x.bias is not None and columns == 1 and steps % 2 == 0 else 1
+    cores = plan.cores(len(dy)) if x.bias is not None else 1
     outs = _outputs(plan, x, dy, cores)
     of_clips = [name for name in outs if "_" in name]
     scratch: dict[str, Any] = {}
@@ -64,24 +70,32 @@ def backward(plan: Plan, x: Inputs, dy: jax.Array, interpret: Any = False) -> In
     if x.bias is not None:
         # Summed in scratch memory, whose address the compiler knows: what is written to an output
         # might be what an input is read from, and each head would wait for the one before.
-        scratch["bias_sum"] = pltpu.VMEM(outs["bias"][1].block_shape[1:], jnp.float32)
+        sizes = (plan.heads, plan.parts, plan.keys, plan.rows)
+        scratch["bias_sum"] = pltpu.VMEM(sizes, jnp.float32)
+        if plan.parts == 1:
+            scratch["bias_turned"] = pltpu.VMEM((plan.heads, *sizes[2:]), jnp.float32)
 
     def body(*refs: Any) -> None:
         refs = dict(zip([*names, *(f"d{name}" for name in outs), *scratch], refs))
         ids = [pl.program_id(i) for i in range(7)]
-        first = functools.reduce(jnp.logical_and, (i == 0 for i in ids[3:]))
+        first = at_start(ids[3:])
         _clear_at(first, [refs[f"d{name}"] for name in of_clips])
         _clear_at(ids[6] == 0, [refs[name] for name in ("k_sum", "v_sum") if name in refs])
         if x.bias is None:
             _Step(plan, refs, dy.dtype).run()
             return
-        _clear_at(first & (ids[2] == 0), [refs["bias_sum"]])
+        start = at_start(ids[2:])
+        _clear_at(start, [refs["bias_sum"]])
+        if "bias_turned" in refs:
+            turn_bias(refs, start)
         _Step(plan, refs, dy.dtype).run()
         ends = (i == pl.num_programs(axis) - 1 for axis, i in enumerate(ids[2:], 2))
 
         @pl.when(functools.reduce(jnp.logical_and, ends))
         def _() -> None:
-            refs["dbias"][...] = refs["bias_sum"][...]
+            for head in range(plan.heads):
+                for part in range(plan.parts):
+                    refs["dbias"][head, part] = refs["bias_sum"][head, part].T
 
     clips = "parallel" if x.bias is None else "arbitrary"
     windows = "arbitrary" if of_clips or x.bias is not None else "parallel"
@@ -90,18 +104,16 @@ def backward(plan: Plan, x: Inputs, dy: jax.Array, interpret: Any = False) -> In
         name=f"{plan.name}_gradient",
         out_shape=[shape for shape, _ in outs.values()],
         grid=(cores, columns, steps // cores, *rest),
-        in_specs=[_by_core(spec, steps // cores) for spec in blocks],
-        out_specs=[_by_core(spec, steps // cores) for _, spec in outs.values()],
+        in_specs=[by_core(spec, steps // cores) for spec in blocks],
+        out_specs=[by_core(spec, steps // cores) for _, spec in outs.values()],
         scratch_shapes=list(scratch.values()),
         compiler_params=params("parallel", "parallel", clips, *[windows] * 3, "arbitrary"),
         interpret=interpret,
-    )(*arrays)
+    )(*in_hbm(arrays, interpret))
     gradients = dict(zip(outs, found))
     for name, gradient in gradients.items():
         like = getattr(x, name)
-        if name == "bias":
-            gradient = gradient.sum(0).swapaxes(2, 3)
-        elif name.endswith("_scale"):
+        if name == "bias" or name.endswith("_scale"):
             gradient = gradient.sum(0)
         gradients[name] = gradient.astype(like.dtype).reshape(like.shape)
     return Inputs(**{name: gradients.get(name) for name in Inputs._fields})
@@ -124,24 +136,15 @@ def _outputs(
         spec = pl.BlockSpec((None, 1, plan.lanes), lambda d, b, *_: (b, 0, d))
         outs |= {name: (scale, spec) for name in ("q_scale", "k_scale")}
     if x.bias is not None:
-        sizes = plan.parts, plan.keys, plan.rows
+        sizes = plan.parts, plan.rows, plan.keys
         bias = jax.ShapeDtypeStruct((cores, plan.num_heads, *sizes), jnp.float32)
         clips = len(dy) // plan.tiles[0] // cores
-        # By core, which `_by_core` hides in the number of the clip.
+        # By core, which `by_core` hides in the number of the clip.
         spec = pl.BlockSpec(
             (None, plan.heads, *sizes), lambda d, b, *_: (lax.div(b, jnp.int32(clips)), d, 0, 0, 0)
         )
         outs["bias"] = bias, spec
     return outs
-
-
-def _by_core(spec: pl.BlockSpec, clips: int) -> pl.BlockSpec:
-    """For a grid that begins with the cores, each of which takes so many steps of clips."""
-
-    def index(core: Any, d: Any, b: Any, *rest: Any) -> tuple[Any, ...]:
-        return spec.index_map(d, core * clips + b, *rest)
-
-    return pl.BlockSpec(spec.block_shape, index)
 
 
 def _clear_at(first: jax.Array, refs: Any) -> None:
@@ -192,8 +195,8 @@ class _Step:
         tile, g, i = task
         group, x, seen = self.plan.groups[g], self.operands(tile, g), self.seen[tile]
         s, dp = products
-        e, inverse = powers(s, seen)
-        p = e * inverse
+        e = powers(s, seen)
+        p = e * inverse(e.sum(0, keepdims=True), seen)
         ds = p * dp
         ds = ds - p * ds.sum(0, keepdims=True)
         if self.plan.merged:

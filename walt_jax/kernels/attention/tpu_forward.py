@@ -6,33 +6,53 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from walt_jax.kernels.attention.tpu_heads import (
     Inputs,
     ask,
+    at_start,
     biased,
+    by_core,
     dot,
     grid_and_extra,
+    in_hbm,
+    inverse,
     normalise,
     pipelined,
     powers,
     quarantine,
     scales,
     specs,
+    turn_bias,
     visible,
 )
-from walt_jax.kernels.attention.tpu_plan import Plan, Task, Tile
-from walt_jax.kernels.rows import params
+from walt_jax.kernels.attention.tpu_plan import SUBLANES, Plan, Task, Tile
+from walt_jax.kernels.rows import LANES, params
 
 
+@functools.partial(jax.jit, static_argnames=("plan", "interpret"))
 def forward(plan: Plan, x: Inputs, interpret: Any = False) -> jax.Array:
     """Attention of each tile: (B, T, H, W, D) in q's dtype."""
     names, arrays, blocks = specs(plan, x)
     dtype = x.q.dtype
+    columns, steps, *rest = plan.pallas_grid(len(x.q))
+    # The bias is turned once for all windows where every core has heads or videos of its own, else
+    # at each use, as cores then divide the windows as they like.
+    cores = plan.cores(len(x.q))
+    once = x.bias is not None and plan.parts == 1 and (columns > 1 or cores == plan.chip.cores)
+    cores, order = (cores, "arbitrary") if once else (1, "parallel")
+    # A wide matrix unit waits for the softmax: there sums are rows of its product.
+    by_product = plan.chip.matrix_unit > LANES
+    scratch = {}
+    if once:
+        scratch["bias_turned"] = pltpu.VMEM((plan.heads, plan.keys, plan.rows), jnp.float32)
 
     def body(*refs: Any) -> None:
-        refs, out = dict(zip(names, refs)), refs[-1]
-        part = pl.program_id(5)
+        refs = dict(zip([*names, "out", *scratch], refs))
+        part = pl.program_id(6)
+        if once:
+            turn_bias(refs, at_start([pl.program_id(i) for i in range(2, 7)]))
         seen = {tile: visible(plan, refs, tile, part) for tile in plan.each_tile()}
         done: dict[Any, list[jax.Array]] = {}
 
@@ -57,11 +77,14 @@ def forward(plan: Plan, x: Inputs, interpret: Any = False) -> jax.Array:
         def attend(task: Task, s: jax.Array) -> None:
             tile, g, i = task
             group, parts = plan.groups[g], done.setdefault((tile, g), [])
-            e, inverse = powers(s, seen[tile])
-            v = operands(tile, g)[2][group.rows(i)]
-            parts.append(dot(v.astype(dtype), e.astype(dtype), (1, 0)) * inverse)
+            e, v = powers(s, seen[tile]), operands(tile, g)[2][group.rows(i)]
+            if by_product:
+                v = jnp.concatenate([v, jnp.ones((SUBLANES, plan.keys), v.dtype)], axis=0)
+            y = dot(v.astype(dtype), e.astype(dtype), (1, 0))
+            total = y[plan.head_width :][:1] if by_product else e.sum(0, keepdims=True)
+            parts.append(y[: plan.head_width] * inverse(total, seen[tile]))
             if len(parts) == group.heads:
-                plan.write(out, tile, group, jnp.concatenate(parts, 0).T)
+                plan.write(refs["out"], tile, group, jnp.concatenate(parts, 0).T)
 
         pipelined(plan.tasks(), logits, attend)
 
@@ -69,10 +92,11 @@ def forward(plan: Plan, x: Inputs, interpret: Any = False) -> jax.Array:
         body,
         name=plan.name,
         out_shape=jax.ShapeDtypeStruct(arrays[0].shape, dtype),
-        grid=plan.pallas_grid(len(x.q)),
-        in_specs=blocks,
-        out_specs=plan.of_queries(),
-        compiler_params=params(*["parallel"] * 6),
+        grid=(cores, columns, steps // cores, *rest),
+        in_specs=[by_core(spec, steps // cores) for spec in blocks],
+        out_specs=by_core(plan.of_queries(), steps // cores),
+        scratch_shapes=list(scratch.values()),
+        compiler_params=params("parallel", "parallel", *[order] * 5),
         interpret=interpret,
-    )(*arrays)
+    )(*in_hbm(arrays, interpret))
     return out.reshape(x.q.shape)

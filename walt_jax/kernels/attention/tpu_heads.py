@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from walt_jax.kernels.attention.tpu_plan import Group, Plan, Tile
 from walt_jax.kernels.rows import LANES
@@ -50,8 +51,8 @@ def specs(plan: Plan, x: Inputs) -> tuple[list[str], list[jax.Array], list[pl.Bl
     if x.k is not None:
         found += [(name, plan.view(getattr(x, name)), plan.of_keys()) for name in "kv"]
     if x.bias is not None:
-        bias = x.bias.reshape(plan.num_heads, plan.parts, plan.rows, plan.keys).swapaxes(2, 3)
-        shape = (plan.heads, None, plan.keys, plan.rows)
+        bias = x.bias.reshape(plan.num_heads, plan.parts, plan.rows, plan.keys)
+        shape = (plan.heads, None, plan.rows, plan.keys)
         found.append(("bias", bias, pl.BlockSpec(shape, lambda d, b, t, h, w, i: (d, i, 0, 0))))
     if x.ids is not None:
         for name, shape in (("q_ids", (plan.parts, 1, plan.rows)), ("k_ids", (1, plan.length, 1))):
@@ -67,6 +68,31 @@ def specs(plan: Plan, x: Inputs) -> tuple[list[str], list[jax.Array], list[pl.Bl
         found += [(name, getattr(x, name), spec) for name in ("q_scale", "k_scale")]
     names, arrays, blocks = (list(column) for column in zip(*found))
     return names, arrays, blocks
+
+
+def by_core(spec: pl.BlockSpec, steps: int) -> pl.BlockSpec:
+    """For a grid that begins with the cores, each of which takes so many steps of videos."""
+
+    def index(core: Any, d: Any, b: Any, *rest: Any) -> tuple[Any, ...]:
+        return spec.index_map(d, core * steps + b, *rest)
+
+    return pl.BlockSpec(spec.block_shape, index)
+
+
+def at_start(ids: Sequence[jax.Array]) -> jax.Array:
+    """Whether all of some program ids are 0."""
+    return functools.reduce(jnp.logical_and, (i == 0 for i in ids))
+
+
+def in_hbm(arrays: Sequence[jax.Array], interpret: Any) -> list[jax.Array]:
+    """Keeps the compiler from moving operands to VMEM as a whole.
+
+    A kernel reads them from there at addresses that the compiler does not know, so that every read
+    would wait for the writes before it: gradients then take up to twice as long.
+    """
+    if interpret:
+        return list(arrays)
+    return [pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in arrays]
 
 
 def pipelined(
@@ -142,9 +168,20 @@ def _means(group: Group, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return jnp.concatenate(parts, axis=1) * (1 / k)
 
 
+def turn_bias(refs: Refs, first: jax.Array) -> None:
+    """At a core's first step with these heads: the bias as logits lie and in powers of 2."""
+
+    @pl.when(first)
+    def _() -> None:
+        for head in range(refs["bias"].shape[0]):
+            refs["bias_turned"][head] = refs["bias"][head].T * LOG2_E
+
+
 def biased(refs: Refs, logits: jax.Array, head: int) -> jax.Array:
     """Logits (keys, queries) of powers of 2 with the bias of one of the step's heads."""
-    return logits + refs["bias"][head] * LOG2_E if "bias" in refs else logits
+    if "bias_turned" in refs:
+        return logits + refs["bias_turned"][head]
+    return logits + refs["bias"][head].T * LOG2_E if "bias" in refs else logits
 
 
 def ask(
@@ -197,16 +234,15 @@ def quarantine(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array, jax.Ar
     return x + bad, jnp.where(bad == 0, x, 0), jnp.where(bad == 0, y, 0)
 
 
-def powers(logits: jax.Array, seen: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """2 to the logits (keys, queries), 1 at most, and 1 / their sum over keys (1, queries).
-
-    Where no key is seen both are 0.
-    """
+def powers(logits: jax.Array, seen: jax.Array | None) -> jax.Array:
+    """2 to the logits (keys, queries), 1 at most; 0 where no key is seen."""
     if seen is None:
-        e = jnp.exp2(logits - logits.max(0, keepdims=True))
-        return e, 1 / e.sum(0, keepdims=True)
+        return jnp.exp2(logits - logits.max(0, keepdims=True))
     logits = jnp.where(seen, logits, -jnp.inf)
     most = logits.max(0, keepdims=True)
-    e = jnp.exp2(logits - jnp.where(most == -jnp.inf, 0.0, most))
-    total = e.sum(0, keepdims=True)
-    return e, jnp.where(total == 0, 0.0, 1 / total)
+    return jnp.exp2(logits - jnp.where(most == -jnp.inf, 0.0, most))
+
+
+def inverse(total: jax.Array, seen: jax.Array | None) -> jax.Array:
+    """1 / the sums of `powers` over keys (1, queries), 0 where no key is seen."""
+    return 1 / total if seen is None else jnp.where(total == 0, 0.0, 1 / total)

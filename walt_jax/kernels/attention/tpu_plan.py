@@ -18,6 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from walt_jax.kernels.rows import LANES, divisor
+from walt_jax.kernels.target import Target, target
 
 Grid = tuple[int, int, int]
 Tile = tuple[int, int, int]
@@ -105,6 +106,7 @@ class Plan:
       extra: keys beside the grid's.
       frames: how many a token sees, its own the last; 0 is all.
       has_grid: whether there are keys of the grid.
+      chip: that the kernel is for.
     """
 
     grid: Grid
@@ -118,6 +120,7 @@ class Plan:
     extra: int
     frames: int
     has_grid: bool
+    chip: Target
 
     @property
     def name(self) -> str:
@@ -172,6 +175,11 @@ class Plan:
         sizes = batch, self.grid[0] // self.tile[0], self.grid[1] // self.tile[1]
         steps = (n // m for n, m in zip(sizes, self.tiles))
         return blocks, *steps, self.grid[2] // self.tile[2], self.parts
+
+    def cores(self, batch: int) -> int:
+        """How many of a chip's cores take videos of their own, each half of them."""
+        columns, steps, *_ = self.pallas_grid(batch)
+        return self.chip.cores if columns == 1 and steps % self.chip.cores == 0 else 1
 
     def tasks(self) -> list[Task]:
         """(tile, group, head of the group) of a step."""
@@ -279,8 +287,9 @@ class Plan:
         moving = 2 * itemsize * self.lanes * tokens * (3 / self.parts + 4 * self.has_grid)
         moving += 2 * (2 * itemsize + 8) * self.lanes * self.tiles[0] * self.extra
         sums = 8 * self.lanes * self.keys if self.parts > 1 else 0
-        if bias:  # of the rows at a time, and the gradient of all
-            sums += 8 * self.heads * self.keys * (self.rows + self.length)
+        if bias:  # of the rows at a time, also turned; the gradient's sums and what leaves, of all
+            turned = self.rows if self.parts == 1 else 0
+            sums += 4 * self.heads * self.keys * (2 * self.rows + turned + 3 * self.length)
         operands = 8 * 4 * LANES * (self.rows + self.keys)
         return int(moving) + sums + operands + 8 * 4 * self.rows * self.keys
 
@@ -308,7 +317,7 @@ def make_plan(
     if rows == length:
         more = max(1, most // (lanes // k * rows * keys))
         tiles = _tiles((batch, grid[0] // tile[0], grid[1] // tile[1]), more)
-    sizes = tile, tiles, queries, num_heads, k, lanes, extra, frames, has_grid
+    sizes = tile, tiles, queries, num_heads, k, lanes, extra, frames, has_grid, target()
     return Plan(tuple(grid), tuple(block), *sizes)
 
 

@@ -190,6 +190,9 @@ class Embedder(nnx.Module):
         self.text = (
             linear(config.text_features, width, dtype, rngs) if config.text_features else None
         )
+        self.pooled = (
+            linear(config.text_features, width, jnp.float32, rngs) if config.pooled_text else None
+        )
         patch = volume(config.patch_size) * config.latent_channels
         apart = config.given in ("adaln", "cross_attention", "tokens")
         self.given = linear(patch, width, dtype, rngs) if apart else None
@@ -209,7 +212,7 @@ class Embedder(nnx.Module):
         return jnp.concatenate(parts, axis=-1)
 
     def vectors(self, t: jax.Array, conditions: Conditions) -> list[jax.Array]:
-        """Time and class, each float32 (B, D), of packed videos (B, S, D).
+        """Time, class and pooled text, each float32 (B, D), of packed videos (B, S, D).
 
         The time of the low-resolution latents' noise has half of the sinusoids, so that the same
         Dense layers read both times: SR2's published size leaves no room for more.
@@ -222,6 +225,11 @@ class Embedder(nnx.Module):
             table, label = self.class_embedding[...], conditions.label
             # An index behind the table is filled: the vector of no class is 0.
             out.append(table.at[label].get(mode="fill", fill_value=0.0))
+        if self.pooled is not None:
+            text, mask = conditions.text.astype(jnp.float32), conditions.text_mask
+            known = jnp.ones((*text.shape[:-1], 1)) if mask is None else mask[..., None]
+            total = jnp.where(known > 0, text, 0.0).sum(-2)
+            out.append(self.pooled(total / jnp.maximum(known.sum(-2), 1.0)))
         return out
 
     def given_tokens(self, z: jax.Array, conditions: Conditions) -> tuple[jax.Array, jax.Array]:

@@ -87,6 +87,7 @@ class DenoiserConfig:
       num_classes: classes, 0 for none; the label `num_classes` stands for no class.
       null_class: that label has a learned entry as the others have; otherwise its vector is 0.
       text_features: width of the text encoder's tokens, 0 for no text (T5-XL: 2048).
+      pooled_text: the mean of the text's tokens also joins time and class (Imagen, 2205.11487).
       cross_attention: how text is read.
       given: how given (clean) latents and their mask enter. "channels": concatenated with the noisy
         ones (W.A.L.T's frame prediction); "in_place": instead of the noisy ones (VDT's unified
@@ -100,6 +101,8 @@ class DenoiserConfig:
       remat: recompute each group of layers in the backward pass.
       kept: what of self-attention and the MLP is kept all the same: "qkv" (3 times a layer's
         input in size), "attention" (once) and "up" (mlp_ratio times).
+      offloaded: likewise, but in the memory of the chips' hosts; also "input", the input of each
+        group of layers, which is all that `remat` keeps on the chips.
       dtype: what matrices compute in; parameters, softmax and statistics are float32.
     """
 
@@ -134,6 +137,7 @@ class DenoiserConfig:
     num_classes: int = 0
     null_class: bool = True
     text_features: int = 0
+    pooled_text: bool = False
     cross_attention: CrossAttentionConfig = CrossAttentionConfig()
     given: Literal["none", "channels", "in_place", "adaln", "cross_attention", "tokens"] = "none"
     self_conditioning: bool = False
@@ -142,6 +146,7 @@ class DenoiserConfig:
     attention: Literal[IMPLEMENTATIONS] | None = None
     remat: bool = True
     kept: tuple[Literal["qkv", "attention", "up", "down"], ...] = ()
+    offloaded: tuple[Literal["input", "qkv", "attention", "up", "down"], ...] = ()
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
 
     def __post_init__(self) -> None:
@@ -160,7 +165,13 @@ class DenoiserConfig:
             return [(True, f"{name} must be {'positive' if small else '0 or more'}, got {value}")]
         turns = max(1, len(self.windows)) if self.order in ("alternate", "stages") else 1
         extra = self.conditioning == "in_context" or self.given == "tokens"
+        twice = set(self.kept) & set(self.offloaded)
         return [
+            (bool(twice), f"kept and offloaded both have {', '.join(sorted(twice))}: choose one"),
+            (
+                bool(self.offloaded) and not self.remat,
+                f"offloaded={self.offloaded} is of what remat would recompute: set remat to True",
+            ),
             (not self.windows, "windows is empty: give one window at least"),
             (
                 any(g % p for g, p in zip(self.grid, self.patch_size)),
@@ -198,6 +209,10 @@ class DenoiserConfig:
                 self.frame_times and self.relative_bias and any(w[0] != 1 for w in self.windows),
                 f"relative_bias has no offsets between frames that lie anywhere (frame_times=True) "
                 f"and that windows={self.windows} join: set it to False",
+            ),
+            (
+                self.pooled_text and not self.text_features,
+                "pooled_text=True pools text, and text_features=0 is none: set both, or neither",
             ),
             (
                 extra and self.relative_bias,

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from walt_jax.models.build import stack
 from walt_jax.models.denoiser.block import Context, Group, num_vectors
@@ -257,12 +258,18 @@ class Denoiser(nnx.Module):
             x: jax.Array, inputs: tuple[dict, jax.Array | None]
         ) -> tuple[jax.Array, jax.Array | None]:
             params, saved = inputs
+            x = checkpoint_name(x, "input")
             module = nnx.merge(graphdef, layout.gather(params, dtype, keep=("tensor",)))
             x = module(x, saved, context, layout)
             return x, x if skip == "save" else None
 
         if self.config.remat:
-            keep = jax.checkpoint_policies.save_only_these_names(*self.config.kept)
+            keep = jax.checkpoint_policies.save_and_offload_only_these_names(
+                names_which_can_be_saved=self.config.kept,
+                names_which_can_be_offloaded=self.config.offloaded,
+                offload_src="device",
+                offload_dst="pinned_host",
+            )
             group = jax.checkpoint(group, policy=keep)
         given = skips[::-1] if skip == "read" else None
         x, saved = jax.lax.scan(group, x, (nnx.to_pure_dict(state), given))
@@ -285,7 +292,7 @@ class Denoiser(nnx.Module):
 
 def _num_vector_tokens(config: DenoiserConfig) -> int:
     """How many vectors the condition has."""
-    return 1 + (config.num_classes > 0) + (config.given == "adaln")
+    return 1 + (config.num_classes > 0) + config.pooled_text + (config.given == "adaln")
 
 
 def _frame_conv(features_in: int, features: int, rngs: nnx.Rngs) -> nnx.Conv:

@@ -38,10 +38,10 @@ def transfer(params: Params, old: DenoiserConfig, new: DenoiserConfig, fresh: Pa
     *More conditions.* Channels that the old model lacks enter with weights of 0.
 
     Parts that the old model lacks come from `fresh`, but the outputs of their branches (attention,
-    cross-attention, MLP) are 0, and gates of their own are 1: were these 0 as well, neither would
-    ever have a gradient. So the new model starts as the old one, on images and on each frame of a
-    video by itself, whatever it is told by channels or as text, as long as no latents are given by
-    other ways. What this leaves out:
+    cross-attention, MLP, pooled text) are 0, and gates of their own are 1: were these 0 as well,
+    neither would ever have a gradient. So the new model starts as the old one, on images and on
+    each frame of a video by itself, whatever it is told by channels or as text, as long as no
+    latents are given by other ways. What this leaves out:
 
     - Classes: the new label of no class does what the old one did, or what a model without classes
       did; the entries of classes are fresh where their number changes. Without classes the new
@@ -106,7 +106,13 @@ _SAME = (
     "time_mlp",
     "learned_sigma",
 )
-_LACKED = {"text_features": 0, "given": "none", "self_conditioning": False, "upsampling": None}
+_LACKED = {
+    "text_features": 0,
+    "pooled_text": False,
+    "given": "none",
+    "self_conditioning": False,
+    "upsampling": None,
+}
 
 
 def _mistakes(old: DenoiserConfig, new: DenoiserConfig) -> Iterator[str]:
@@ -241,7 +247,7 @@ class _Move:
                 return self._vectors(x, fresh, bias=name == "adaln/bias")
             case [*_, "modulation", "dense" | "lora_b", leaf]:
                 return self._vectors(x, fresh, bias=leaf == "bias")
-            case [*_, "out" | "down", "kernel" | "bias"] if x is None:
+            case [*_, "out" | "down" | "pooled", "kernel" | "bias"] if x is None:
                 return np.zeros_like(fresh)
         if x is not None and x.shape != fresh.shape:
             raise UserError(

@@ -17,8 +17,15 @@ from walt_jax.models.text.published import required
 from walt_jax.parallel import Layout
 
 _PLACES = 77
+
+
+def quick_gelu(x: jax.Array) -> jax.Array:
+    """The activation of OpenAI's weights."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
 _ACTIVATIONS = {
-    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "quick_gelu": quick_gelu,
     "gelu": lambda x: nnx.gelu(x, approximate=False),
 }
 

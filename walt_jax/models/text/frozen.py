@@ -58,8 +58,7 @@ class FrozenText:
         params = stored(folder, config.tensors(), shapes, jnp.dtype(config.model.dtype))
         words = folder_of(config.tokenizer, config.revision) if config.tokenizer else folder
         files = [words / name for name in ("tokenizer.json", "spiece.model")]
-        about = to_dict(sizes) | {"dtype": "", "clip_skip": getattr(config, "clip_skip", 0)}
-        digest = fingerprint(about, params, [f for f in files if f.exists()][:1])
+        digest = fingerprint(_identity(config), params, [f for f in files if f.exists()][:1])
         params = jax.tree_util.tree_map_with_path(lambda at, _: params[path_of(at)], tree)
         return cls(params, config, digest)
 
@@ -136,6 +135,13 @@ def check_finite(tokens: np.ndarray, source: str) -> None:
             f"The text encoder {source} gave numbers beyond float16: its weights are damaged, or "
             "were saved in float16 from a network that needs bfloat16."
         )
+
+
+def _identity(config: FrozenTextConfig) -> dict[str, Any]:
+    """What of a config says which encoder it is, not where it lies or how it is run."""
+    elsewhere = ("path", "revision", "tokenizer", "max_tokens")
+    about = {key: value for key, value in to_dict(config).items() if key not in elsewhere}
+    return about | {"model": {k: v for k, v in about["model"].items() if k != "dtype"}}
 
 
 @functools.lru_cache(maxsize=4)

@@ -1,5 +1,6 @@
 """Folders of published models: on this machine, or of Hugging Face's hub at a fixed commit."""
 
+import functools
 import re
 from pathlib import Path
 
@@ -32,6 +33,12 @@ def folder_of(path: str, revision: str = "", *, download: bool = True) -> Path:
             "that the model's page shows under 'Files', so that it stays what it is; or give a "
             "folder on this machine."
         )
+    return _from_hub(path, revision, download)
+
+
+@functools.lru_cache(maxsize=16)
+def _from_hub(path: str, revision: str, download: bool) -> Path:
+    """Once a process: the hub is asked whenever it can be reached."""
     try:
         import huggingface_hub
     except ModuleNotFoundError as error:

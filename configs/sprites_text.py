@@ -1,0 +1,130 @@
+"""A small W.A.L.T for captions and given frames, the one of `walt_jax.load("sprites")`.
+
+    python -m benchmarks.sprite_generation --out out/sprite_generation
+
+makes the videos, trains the tokenizer (`:tokenizer`) and this, and judges samples; or step by step:
+
+    python -m walt_jax.data.sprites --output out/sprites --num 1200 --aspects 1:1 --fps 8 16 \
+        --backgrounds black white gray yellow --seconds 2.2 2.3 --sizes 0.38 0.44
+    python -m walt_jax.prepare --input out/sprites/manifest.jsonl --output out/records
+    python -m walt_jax.train --config configs/sprites_text.py:tokenizer --workdir out/tokenizer \
+        --config.data.path=out/records
+    python -m walt_jax.encode --workdir out/tokenizer --output out/latents --epochs 3 \
+        --config.data.num_frames=17
+    python -m walt_jax.train --config configs/sprites_text.py --workdir out/walt \
+        --config.task.tokenizer=out/tokenizer --config.data.path=out/latents
+    python -m walt_jax.sample --workdir out/walt --guidance 3 --out out/samples \
+        --prompt "a green triangle moves up over a yellow background"
+
+Captions are read by a byte encoder that is trained along. Half of the clips are given latents, so
+that one model makes videos from text, images and other videos. The tokenizer is causal: it trains
+on 9 frames, and encodes 17.
+
+Hardware: one CPU core, about 15 minutes for the tokenizer and 30 for the denoiser. What to expect
+is in docs/sprites.md.
+Variants: `tokenizer`; `debug` takes a few steps of a tiny network in seconds.
+"""
+
+from ml_collections import ConfigDict
+
+from walt_jax.config import variants
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The experiment; see the file's docstring."""
+    change = variants(arg, {"": _DENOISER, "tokenizer": _TOKENIZER, "debug": _DEBUG}, __file__)
+    config = ConfigDict(_TOKENIZER if arg == "tokenizer" else _DENOISER)
+    if arg == "debug":
+        config.update(change)
+    return config
+
+
+_TOKENIZER = {
+    "task": {
+        "name": "tokenizer",
+        "model": {
+            "channels": 8,
+            "multipliers": (1, 2, 4, 6),
+            # At full resolution a residual block would cost more than all the others.
+            "num_res_blocks": (0, 1, 2, 1),
+            "norm_groups": 4,
+            "dtype": "float32",  # CPUs emulate bfloat16
+        },
+    },
+    "data": {"path": "out/records", "sizes": ((64, 64),), "num_frames": 9, "fps": 8.0},
+    "num_steps": 1800,
+    "batch_size": 2,
+    "optimizer": {"learning_rate": 4e-3, "warmup_steps": 20, "ema_decay": 0.99},
+    "log_every": 50,
+    "eval_every": 600,
+    "eval_batches": 16,
+    "preview_every": 900,
+    "checkpoint_every": 600,
+}
+_DENOISER = {
+    "task": {
+        "name": "denoiser",
+        "tokenizer": "out/tokenizer",
+        "model": {
+            "grid": (5, 8, 8),
+            "patch_size": (1, 2, 2),  # the paper's is 1; at 2 a step costs a quarter
+            "width": 128,
+            "num_heads": 4,
+            "num_layers": 6,
+            # On 80 tokens windows have nothing to save.
+            "windows": ((1, 0, 0), (0, 0, 0)),
+            "text_features": 128,
+            "pooled_text": True,  # by cross-attention alone captions are learned much later
+            "cross_attention": {"queries": False, "norm": "plain"},
+            "given": "channels",
+            "remat": False,
+            "dtype": "float32",  # CPUs emulate bfloat16
+        },
+        "text": {"width": 128, "num_layers": 2, "max_bytes": 56, "dtype": "float32"},
+        "given": {
+            "first": 0.15,
+            "last": 0.05,
+            "ends": 0.1,
+            "every_other": 0.05,
+            "region": 0.05,
+        },
+    },
+    "data": {
+        "path": "out/latents",
+        "sizes": ((64, 64),),
+        "num_frames": 17,
+        "fps": 8.0,
+        "caption_bytes": 56,
+    },
+    "num_steps": 6000,
+    "batch_size": 16,
+    "optimizer": {"learning_rate": 2e-3, "warmup_steps": 50, "ema_decay": 0.995},
+    "log_every": 100,
+    "eval_every": 2000,
+    "preview_every": 0,
+    "checkpoint_every": 1000,
+}
+_DEBUG = {
+    "task": {
+        "model": {
+            "grid": (2, 4, 4),
+            "patch_size": (1, 1, 1),
+            "width": 16,
+            "num_heads": 2,
+            "num_layers": 2,
+            "text_features": 8,
+        },
+        "text": {"width": 8, "num_heads": 2, "num_layers": 1},
+        "given": {"first_frames": (1,)},
+        "sampler": {"name": "ddim", "num_steps": 2},
+    },
+    "data": {"sizes": ((32, 32),), "num_frames": 5},
+    "num_steps": 3,
+    "batch_size": 8,
+    "optimizer": {"warmup_steps": 1},
+    "log_every": 1,
+    "eval_every": 2,
+    "eval_batches": 1,
+    "preview_every": 2,
+    "checkpoint_every": 2,
+}

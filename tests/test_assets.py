@@ -1,0 +1,44 @@
+"""The models that come with the package: whole, small, and as good as their cards say."""
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+
+import walt_jax
+from benchmarks import sprite_judges
+from benchmarks.sprite_generation import EVERY, HELD_OUT
+from walt_jax.data.sprites import sprite_video
+from walt_jax.generation.walt import ASSETS
+
+FOLDERS = sorted(path for path in ASSETS.iterdir() if path.is_dir())
+
+
+def test_the_sprites_are_there():
+    assert "sprites" in [folder.name for folder in FOLDERS]
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda f: f.name)
+def test_an_asset_is_whole_and_small(folder):
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    assert sum(sizes.values()) < 8.4e6
+    hashes = json.loads((folder / "export.json").read_text())["sha256"]
+    assert set(sizes) == {*hashes, "export.json", "README.md"}
+    card = (folder / "README.md").read_text()
+    for name, digest in hashes.items():
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
+        if name.endswith(".safetensors"):
+            assert digest in card
+    values = (folder / "config.json").read_text()
+    assert "/tmp" not in values and "/home" not in values and "/work" not in values
+
+
+@pytest.mark.slow
+def test_sprites_follow_captions_of_unseen_combinations():
+    walt = walt_jax.load("sprites")
+    labels = [EVERY.class_names.index(name) for name in HELD_OUT]
+    truths = [sprite_video(EVERY, 11, i, label) for i, label in enumerate(labels)]
+    videos = walt.sample([truth.caption for truth in truths], seed=3)
+    assert videos.shape == (12, 17, 64, 64, 3) and videos.dtype == np.uint8
+    assert sprite_judges.attributes(videos, truths, EVERY)["all three"] >= 0.75  # 9 of 12
