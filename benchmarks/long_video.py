@@ -40,7 +40,6 @@ from walt_jax.diffusion import Ddim
 from walt_jax.generation import Generator
 from walt_jax.generation.long_video import decode_latents, encode_pixels, generate_long
 from walt_jax.media import write_mp4
-from walt_jax.models.tokenizer.frozen import FrozenTokenizer
 from walt_jax.tasks.plans import SCHEMES, plan
 from walt_jax.training.experiment import Experiment
 from walt_jax.training.loop import train
@@ -159,14 +158,14 @@ def _rows(args: argparse.Namespace, generator: Generator) -> dict:
 
     rows = {
         "real videos": real,
-        "reconstructed": lambda: _reconstruct(generator.tokenizer, real()),
+        "reconstructed": lambda: _reconstruct(generator, real()),
     }
     return rows | {scheme: lambda scheme=scheme: by(scheme) for scheme in SCHEMES}
 
 
-def _reconstruct(tokenizer: FrozenTokenizer, videos: np.ndarray) -> np.ndarray:
-    latents = encode_pixels(tokenizer, videos)
-    return np.concatenate(list(decode_latents(tokenizer, latents)), axis=1)
+def _reconstruct(generator: Generator, videos: np.ndarray) -> np.ndarray:
+    latents = encode_pixels(generator, videos)
+    return np.concatenate(list(decode_latents(generator, latents)), axis=1)
 
 
 def _seams(args: argparse.Namespace, generator: Generator, name: str) -> np.ndarray:

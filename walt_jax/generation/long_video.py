@@ -11,6 +11,7 @@ only seen clips that begin with a causal tokenizer's first latent, so that the l
 decoded, and encoded again as the beginning of the next clip.
 """
 
+import collections
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -21,7 +22,6 @@ import numpy as np
 from walt_jax.diffusion import Ddim, Sampler, Scale
 from walt_jax.errors import UserError
 from walt_jax.generation.generator import Generator
-from walt_jax.models.tokenizer.frozen import FrozenTokenizer
 from walt_jax.models.tokenizer.streaming import decode_chunks, encode_chunks, split_frames
 from walt_jax.parallel import Layout
 from walt_jax.progress import bar as progress_bar
@@ -99,8 +99,8 @@ def generate_long(
             for v in range(run.count)
         ]
         run.keep(total, latents)
-        there, layout = run.stream(steps, total, start), Layout(run.generator.mesh)
-        return decode_latents(run.generator.tokenizer, run.latents, there, layout)
+        there = run.stream(steps, total, start)
+        return decode_latents(run.generator, run.latents, there, batch_size=run.rows)
     given = _given_in_clips(generator, scheme, step, observed)
     steps = plan("frame_prediction", total, run.window, observed, run.window - max(given))
     return run.clips(list(steps), given, start)
@@ -165,7 +165,8 @@ class _Run:
         self.generator, self.wanted, self.count = generator.placed(), wanted, counts.pop()
         wanted(0).check(generator.task.model, generator.task.model.grid)
         shards = self.generator.mesh.shape["data"] * self.generator.mesh.shape["fsdp"]
-        self.options = options | {"per_device": -(-min(batch_size, self.count) // shards)}
+        per_device = -(-min(batch_size, self.count) // shards)
+        self.options, self.rows = options | {"per_device": per_device}, per_device * shards
         self.seed, self.progress = seed, progress
         self.window = generator.task.model.grid[0]
         self.factors = generator.tokenizer.config.factors
@@ -244,7 +245,7 @@ class _Run:
         frames are there."""
         there = np.zeros(total, bool)
         if start is not None:
-            known = encode_pixels(self.generator.tokenizer, start)
+            known = encode_pixels(self.generator, start)
             self.latents[:, : known.shape[1]] = known
             there[: known.shape[1]] = True
         with self.bar(total) as bar:
@@ -301,43 +302,57 @@ class _Run:
                 bar.update(len(step.generate))
 
 
-def encode_pixels(tokenizer: FrozenTokenizer, videos: np.ndarray) -> np.ndarray:
+def encode_pixels(generator: Generator, videos: np.ndarray) -> np.ndarray:
     """Latents of uint8 videos (N, 1 + 4n, H, W, 3), chunk by chunk: float32 (N, 1 + n, h, w, C)."""
+    tokenizer = generator.tokenizer
     factor = tokenizer.config.factors[0]
-    pieces = split_frames(videos, _CHUNK * factor, 1 + (_CHUNK - 1) * factor)
-    found = encode_chunks(tokenizer, (to_unit(piece) for piece in pieces))
-    return np.concatenate([np.asarray(latents) for latents in found], axis=1)
+
+    def encode(video: np.ndarray) -> np.ndarray:
+        pieces = split_frames(video[None], _CHUNK * factor, 1 + (_CHUNK - 1) * factor)
+        found = encode_chunks(tokenizer, map(to_unit, pieces))
+        return np.concatenate([np.asarray(latents) for latents in found], axis=1)
+
+    return np.concatenate([encode(video) for video in videos])
 
 
 def decode_latents(
-    tokenizer: FrozenTokenizer,
+    generator: Generator,
     latents: np.ndarray,
     there: Iterable[int] | None = None,
-    layout: Layout = Layout(),  # noqa: B008
+    *,
+    batch_size: int = 16,
 ) -> Iterator[np.ndarray]:
     """Pixels of long latents on the host, chunk by chunk.
 
     Args:
-      tokenizer: decodes.
+      generator: decodes.
       latents: float32 (N, t, h, w, C).
       there: how many of the first ones are there, rising to t; by default all.
-      layout: where activations lie on the mesh.
+      batch_size: videos at a time.
 
     Yields:
       uint8 (N, n, H, W, 3), in all 1 + 4 (t - 1) frames.
     """
-    total = latents.shape[1]
+    count, total = latents.shape[:2]
+    tokenizer, layout = generator.tokenizer, Layout(generator.mesh)
+    # Every group of videos has a decoder that remembers its frames; the last group is filled up.
+    groups = [np.arange(i, i + batch_size) for i in range(0, count, batch_size)]
+    queues = [collections.deque() for _ in groups]
+    decoders = [decode_chunks(tokenizer, _taken(queue), layout) for queue in queues]
+    done, left = 0, 1 + (total - 1) * tokenizer.config.factors[0]
+    for number in [total] if there is None else there:
+        while done < total and (done + _CHUNK <= number or number == total):
+            # So is the last chunk: what follows does not change what was before.
+            places = np.minimum(np.arange(done, done + _CHUNK), total - 1)
+            pieces = []
+            for rows, queue, decoder in zip(groups, queues, decoders):
+                queue.append(latents[np.minimum(rows, count - 1)[:, None], places])
+                pieces.append(to_uint8(next(decoder)[:, :left]))
+            piece = np.concatenate(pieces)[:count]
+            done, left = done + _CHUNK, left - piece.shape[1]
+            yield piece
 
-    def chunks() -> Iterator[np.ndarray]:
-        done = 0
-        for number in [total] if there is None else there:
-            while done < total and (done + _CHUNK <= number or number == total):
-                # The last chunk is filled up: what follows does not change what was before.
-                yield latents[:, np.minimum(np.arange(done, done + _CHUNK), total - 1)]
-                done += _CHUNK
 
-    left = 1 + (total - 1) * tokenizer.config.factors[0]
-    for piece in decode_chunks(tokenizer, chunks(), layout):
-        piece = to_uint8(piece[:, :left])
-        left -= piece.shape[1]
-        yield piece
+def _taken(queue: collections.deque) -> Iterator[np.ndarray]:
+    while True:
+        yield queue.popleft()
