@@ -25,7 +25,7 @@ from walt_jax.training.loop import train
 from walt_jax.training.metrics import read_metrics
 from walt_jax.training.tokenizers import load_tokenizer
 
-STEPS = 300  # of training: 3000 give good samples
+STEPS = 600  # of training: 3000 give good samples
 out = Path(tempfile.mkdtemp())
 
 # %% [markdown]
