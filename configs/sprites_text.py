@@ -2,14 +2,15 @@
 
     python -m benchmarks.sprite_generation --out out/sprite_generation
 
-makes the videos, trains the tokenizer (`:tokenizer`) and this, and judges samples; or step by step:
+makes the videos, trains the tokenizer (`:tokenizer`) and this, and judges samples. Step by step, on
+videos that have circles too:
 
-    python -m walt_jax.data.sprites --output out/sprites --num 1200 --aspects 1:1 --fps 8 16 \
-        --backgrounds black white gray yellow --seconds 2.2 2.3 --sizes 0.38 0.44
+    python -m walt_jax.data.sprites --output out/sprites --num 1260 --aspects 1:1 --fps 8 16 \
+        --backgrounds black white gray yellow --seconds 2.2 2.3 --sizes 0.4 0.44 --crossing
     python -m walt_jax.prepare --input out/sprites/manifest.jsonl --output out/records
     python -m walt_jax.train --config configs/sprites_text.py:tokenizer --workdir out/tokenizer \
         --config.data.path=out/records
-    python -m walt_jax.encode --workdir out/tokenizer --output out/latents --epochs 3 \
+    python -m walt_jax.encode --workdir out/tokenizer --output out/latents --epochs 2 \
         --config.data.num_frames=17
     python -m walt_jax.train --config configs/sprites_text.py --workdir out/walt \
         --config.task.tokenizer=out/tokenizer --config.data.path=out/latents

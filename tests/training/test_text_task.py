@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_text
+from walt_jax.sampling import Generator
 
 from walt_jax import config as config_lib
 from walt_jax import encode
@@ -27,7 +28,6 @@ from walt_jax.models.text.frozen import half
 from walt_jax.models.tokenizer.frozen import FrozenTokenizer, network
 from walt_jax.parallel import Layout, MeshConfig, make_mesh
 from walt_jax.parallel.sharding import frozen_shardings
-from walt_jax.sampling import Generator
 from walt_jax.tasks import DenoiserTask, captions
 from walt_jax.tasks.frozen import Frozen
 from walt_jax.training.experiment import Experiment
