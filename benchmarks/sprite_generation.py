@@ -216,7 +216,7 @@ def captions(bench: Bench) -> None:
     """Captions of classes that training had, and of those that it never had."""
     generator = bench.generator("captions")
     held_out = [EVERY.class_names.index(name) for name in HELD_OUT]
-    for name, classes in (("seen", CAPTIONS.class_ids), ("unseen", held_out)):
+    for name, classes in (("unseen", held_out), ("seen", CAPTIONS.class_ids)):
         table = f"captions {name} in training"
         real, truths = real_clips(EVERY, generator, bench.samples, seed=TRUTH_SEED, labels=classes)
         prompts = [truth.caption for truth in truths]
