@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_text
-from walt_jax.sampling import Generator
 
 from walt_jax import config as config_lib
 from walt_jax import encode
 from walt_jax.data.records import open_dataset
 from walt_jax.diffusion import Constant, Ddim
 from walt_jax.errors import UserError
+from walt_jax.generation import Generator
 from walt_jax.models import DenoiserConfig, TokenizerConfig
 from walt_jax.models.text import (
     ByteEncoderConfig,
