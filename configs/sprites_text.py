@@ -75,7 +75,7 @@ _DENOISER = {
             # On 80 tokens windows have nothing to save.
             "windows": ((1, 0, 0), (0, 0, 0)),
             "text_features": 128,
-            "pooled_text": True,  # by cross-attention alone captions are learned much later
+            "pooled_text": True,
             "cross_attention": {"queries": False, "norm": "plain"},
             "given": "channels",
             "remat": False,
