@@ -81,7 +81,13 @@ _DENOISER = {
             "remat": False,
             "dtype": "float32",  # CPUs emulate bfloat16
         },
-        "text": {"width": 128, "num_layers": 2, "max_bytes": 56, "dtype": "float32"},
+        "text": {
+            "width": 128,
+            "num_layers": 2,
+            "max_bytes": 56,
+            "words": 1024,
+            "dtype": "float32",
+        },
         "given": {
             "first": 0.15,
             "last": 0.05,

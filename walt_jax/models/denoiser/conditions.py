@@ -9,7 +9,7 @@ from flax import nnx
 
 from walt_jax.errors import UserError
 from walt_jax.models.denoiser.config import DenoiserConfig
-from walt_jax.models.denoiser.layers import TimeEmbedding, linear, sinusoids
+from walt_jax.models.denoiser.layers import TimeEmbedding, layer_norm, linear, sinusoids
 from walt_jax.models.denoiser.packing import Packing
 from walt_jax.models.denoiser.patches import patchify, volume
 
@@ -229,7 +229,7 @@ class Embedder(nnx.Module):
             text, mask = conditions.text.astype(jnp.float32), conditions.text_mask
             known = jnp.ones((*text.shape[:-1], 1)) if mask is None else mask[..., None]
             total = jnp.where(known > 0, text, 0.0).sum(-2)
-            out.append(self.pooled(total / jnp.maximum(known.sum(-2), 1.0)))
+            out.append(self.pooled(layer_norm(total / jnp.maximum(known.sum(-2), 1.0))))
         return out
 
     def given_tokens(self, z: jax.Array, conditions: Conditions) -> tuple[jax.Array, jax.Array]:

@@ -87,7 +87,8 @@ class DenoiserConfig:
       num_classes: classes, 0 for none; the label `num_classes` stands for no class.
       null_class: that label has a learned entry as the others have; otherwise its vector is 0.
       text_features: width of the text encoder's tokens, 0 for no text (T5-XL: 2048).
-      pooled_text: the mean of the text's tokens also joins time and class (Imagen, 2205.11487).
+      pooled_text: the mean of the text's tokens, normalised, also joins time and class (Imagen,
+        2205.11487, section 2.3).
       cross_attention: how text is read.
       given: how given (clean) latents and their mask enter. "channels": concatenated with the noisy
         ones (W.A.L.T's frame prediction); "in_place": instead of the noisy ones (VDT's unified

@@ -14,6 +14,7 @@ from walt_jax.models.denoiser.layers import Affine, Attention, gelu, linear
 from walt_jax.models.text.base import TextConfig, too_long
 
 _FULL = (0, 0, 0)
+_START = np.uint32(2166136261)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +25,9 @@ class ByteEncoderConfig(TextConfig, name="bytes"):
       width: of its tokens; the denoiser's `text_features`.
       num_layers, num_heads: of the transformer.
       max_bytes: longest text, in bytes of UTF-8.
+      words: entries of a table of words, 0 for none. With one, a byte also has the entry of what
+        its word has been so far, found by a hash (as BLT's n-grams, 2412.09871, section 3.2.1), and
+        the text's tokens are its words: the last byte of each.
       dtype: what matrices compute in.
     """
 
@@ -33,11 +37,14 @@ class ByteEncoderConfig(TextConfig, name="bytes"):
     num_layers: int = 2
     num_heads: int = 4
     max_bytes: int = 128
+    words: int = 0
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
 
     def __post_init__(self) -> None:
         if min(self.width, self.num_layers, self.num_heads, self.max_bytes) < 1:
             raise UserError(f"The sizes of config.task.text must be positive, got {self}.")
+        if self.words < 0:
+            raise UserError(f"config.task.text.words must be 0 or more, got {self.words}.")
         if self.width % self.num_heads:
             raise UserError(
                 f"config.task.text.width={self.width} must be a multiple of num_heads="
@@ -72,6 +79,12 @@ class ByteEncoder(nnx.Module):
         table = nnx.initializers.normal(0.02)
         self.byte_embedding = nnx.Param(table(rngs.params(), (256, config.width)))
         self.place_embedding = nnx.Param(table(rngs.params(), (config.max_bytes, config.width)))
+        # As large as class embeddings are, so that words differ from the first step on.
+        self.word_embedding = (
+            nnx.Param(jax.random.normal(rngs.params(), (config.words, config.width)))
+            if config.words
+            else None
+        )
         self.layers = nnx.List([_Layer(config, rngs) for _ in range(config.num_layers)])
         self.norm = Affine(config.width, rngs)
 
@@ -83,7 +96,8 @@ class ByteEncoder(nnx.Module):
           text: uint8 (B, M), bytes; 0 is padding.
 
         Returns:
-          Tokens (B, M, width), and bool (B, M), False where a token is padding.
+          Tokens (B, M, width), and bool (B, M), False where a token is padding, or no word's end
+          where there is a table of words.
 
         Raises:
           UserError: more bytes than `max_bytes`.
@@ -96,10 +110,32 @@ class ByteEncoder(nnx.Module):
             )
         mask = text != 0
         x = self.byte_embedding[...][text.astype(jnp.int32)] + self.place_embedding[...][:length]
+        ends = mask
+        if self.word_embedding is not None:
+            hashes, ends = word_hashes(text)
+            words = self.word_embedding[...][hashes % self.config.words]
+            x = x + jnp.where(hashes[..., None] > 0, words, 0.0)
         x = x.astype(self.config.dtype)[:, None, None]  # a sequence as a grid of one row
         for layer in self.layers:
             x = layer(x, mask[:, None, None])
-        return self.norm(x)[:, 0, 0], mask
+        return self.norm(x)[:, 0, 0], ends
+
+
+def word_hashes(text: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of each byte of texts, uint8 (B, M): a hash of its word up to it, uint32, 0 between words;
+    and whether it is the last of its word, bool."""
+    inside = (text != 0) & (text != ord(" "))
+
+    def step(before: jax.Array, at: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        byte, within = at
+        mixed = (before ^ byte) * jnp.uint32(16777619)  # FNV-1a
+        now = jnp.where(within, jnp.maximum(mixed ^ (mixed >> 15), 1), 0)
+        return jnp.where(within, now, _START), now
+
+    start = jnp.full(text.shape[0], _START)
+    _, hashes = jax.lax.scan(step, start, (text.T.astype(jnp.uint32), inside.T))
+    after = jnp.pad(inside[:, 1:], ((0, 0), (0, 1)))
+    return hashes.T, inside & ~after
 
 
 class _Layer(nnx.Module):
