@@ -260,21 +260,6 @@ def test_no_races(window):
     assert not interpret_pallas_call.races.races_found
 
 
-def test_gradients_with_all_options_lower_for_tpus_in_a_recomputed_scan():
-    """As the layers of a denoiser have them; a kernel's operands stay in HBM there."""
-    block = (3, 2, 8)
-    args, dy = arguments(SHAPE, 2, block, bias=True, extra=5, norm=True)
-    options = {"ids": ids_of(SHAPE), "mask": mask_of(SHAPE, 5), "causal": 2, "interpret": False}
-
-    @jax.checkpoint
-    def layer(x, _):
-        return kernel(args | {"q": x}, 2, block, **options), None
-
-    gradient = jax.jit(jax.grad(lambda q: (jax.lax.scan(layer, q, None, 2)[0] * dy).sum()))
-    exported = jax.export.export(gradient, platforms=["tpu"])(args["q"])
-    assert exported.mlir_module().count("window_attention") >= 2
-
-
 def test_what_fits():
     bf16 = jnp.dtype("bfloat16")
     for width in (64, 72, 88, 112, 128):

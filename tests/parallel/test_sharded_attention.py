@@ -143,3 +143,24 @@ def test_what_does_not_divide_is_one_sentence():
         )
     with pytest.raises(UserError, match="does not tile"):
         sharded_attention(mesh, q, q, q, num_heads=HEADS, window=(0, 3, 4))
+
+
+def test_recomputed_layers_with_padded_text_lower_for_tpus():
+    """Operands that all layers share are known beforehand; constrained ones JAX cannot keep."""
+    mesh = make_mesh(MeshConfig(fsdp=2), jax.devices()[:2])
+    x, text = jnp.ones((2, 1, 16, 16, 128)), jnp.ones((2, 16, 128))
+
+    def loss(x, text, mask):
+        extra = ExtraKv(text, text, mask)
+
+        @jax.checkpoint
+        def layer(x, _):
+            options = {"num_heads": 2, "window": (1, 0, 0), "extra_kv": extra}
+            return sharded_attention(mesh, x, x, x, **options), None
+
+        return jax.lax.scan(layer, x, None, 2)[0].sum()
+
+    with jax.set_mesh(mesh):
+        gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
+        exported = jax.export.export(gradient, platforms=["tpu"])(x, text, jnp.ones((2, 16), bool))
+    assert exported.mlir_module().count("tpu_custom_call") >= 2

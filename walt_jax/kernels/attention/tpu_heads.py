@@ -85,20 +85,16 @@ def at_start(ids: Sequence[jax.Array]) -> jax.Array:
 
 
 def in_hbm(arrays: Sequence[jax.Array], interpret: Any) -> list[jax.Array]:
-    """Keeps the compiler from moving operands to VMEM as a whole; integers are few, and stay free.
+    """Keeps the compiler from moving operands to VMEM as a whole.
 
     A kernel reads them from there at addresses that the compiler does not know, so that every read
     would wait for the writes before it: gradients then take up to twice as long.
     """
     if interpret:
         return list(arrays)
-    return [
-        # JAX cannot trace gradients through constrained integers.
-        pltpu.with_memory_space_constraint(x, pltpu.HBM)
-        if jnp.issubdtype(x.dtype, jnp.floating)
-        else x
-        for x in arrays
-    ]
+    # Recomputation is to take all or none of the operands as known: JAX keeps no constrained ones.
+    arrays = lax.optimization_barrier(tuple(arrays))
+    return [pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in arrays]
 
 
 def pipelined(
