@@ -72,11 +72,11 @@ SCENES = ("occluder", "pan", "away")
 HIDDEN = dataclasses.replace(FEW, scenes=SCENES, sizes=(0.34, 0.4), crossing=False)
 FREE = dataclasses.replace(FEW, aspects=("5:3", "3:5", "1:1"), central=False)
 SQUARE, ASPECTS = ((64, 64),), {"1:1": (64, 64), "5:3": (48, 80), "3:5": (80, 48)}
-GIVEN = {  # the latent frames of 5 that are given
+GIVEN = {  # the latent frames that are given
     "image to video": (0,),
     "extend forwards": (0, 1),
-    "extend backwards": (3, 4),
-    "interpolate": (0, 4),
+    "extend backwards": (-2, -1),
+    "interpolate": (0, -1),
 }
 TRUTH_SEED = 7  # of videos that nothing was trained on
 TOLD = 5  # frames that a scene begins with: two latent frames
@@ -85,7 +85,10 @@ SHOWN, SHOWN_FRAMES = 6, 9  # videos in a picture, and frames of each
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A denoiser of `configs/sprites_text.py` and the videos that it is trained on."""
+    """A denoiser of `configs/sprites_text.py` and the videos that it is trained on.
+
+    Of a clip's frames and their rate, those of captions are the config's.
+    """
 
     videos: SpriteConfig
     number: int
@@ -94,6 +97,8 @@ class Model:
     overrides: tuple[str, ...] = ()
     sizes: tuple[tuple[int, int], ...] = SQUARE
     caption: Callable[[Row], str] | None = None
+    frames: int = 17
+    fps: float = 8.0
 
 
 _SILENT = ("task.text=None", "task.model.text_features=0", "data.caption_bytes=0")
@@ -106,7 +111,7 @@ LETTERS = "lrud"  # of an action, in the order of directions
 ACTIONS = dataclasses.replace(FEW, scenes=("actions",), seconds=(2.0, 2.0), fps=(8,))
 _FIRST = "task.given={'first':0.8,'first_frames':(1,)}"
 MODELS = {
-    "captions": Model(CAPTIONS, 840, 0, 6000),
+    "captions": Model(CAPTIONS, 840, 0, 4500, frames=9, fps=4.0),
     "scenes": Model(HIDDEN, 1080, 2, 1800, _FROM_FRAMES),
     "actions": Model(
         ACTIONS, 960, 4, 1800, (_FIRST,), caption=lambda truth: spelt(truth["actions"])
@@ -151,8 +156,12 @@ class Bench:
             return Generator.load(self._args.model)
         model, folder, tokenizer = MODELS[name], self.out / name, self._tokenizer()
         records = make_records(folder, model.videos, model.number, model.seed, model.caption)
-        data = {"path": str(records), "num_frames": 17, "fps": 8.0, "sizes": model.sizes}
+        data = {"path": str(records), "num_frames": model.frames, "fps": model.fps}
+        data["sizes"] = model.sizes
         overrides = (
+            f"task.model.grid={(1 + (model.frames - 1) // 4, 8, 8)}",
+            f"data.num_frames={model.frames}",
+            f"data.fps={model.fps}",
             f"task.tokenizer={tokenizer}",
             f"data.path={make_latents(folder, tokenizer, data, epochs=2)}",
             f"data.sizes={model.sizes}",
@@ -252,7 +261,8 @@ def given(bench: Bench) -> None:
         return judge(videos, known)
 
     for task, frames in GIVEN.items():
-        known = np.isin(np.arange(latents.shape[1]), frames)
+        known = np.zeros(latents.shape[1], bool)
+        known[list(frames)] = True
         bench.results.fill(
             task, "real videos, reconstructed", functools.partial(judge, rebuilt, known)
         )

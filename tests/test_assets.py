@@ -41,6 +41,6 @@ def test_sprites_have_the_colours_of_their_captions():
     truths = [sprite_video(EVERY, 11, i, label) for i, label in enumerate(labels)]
     captions = [truth.caption for truth in truths]
     videos = walt.sample(captions, seed=3, guidance=3.0, steps=30)
-    assert videos.shape == (8, 17, 64, 64, 3) and videos.dtype == np.uint8
+    assert videos.shape == (8, 9, 64, 64, 3) and videos.dtype == np.uint8
     right = sprite_judges.attributes(videos, truths, EVERY)
     assert min(right["colour"], right["background"], right["frames found"]) >= 0.85
