@@ -82,7 +82,8 @@ _DENOISER = {
         },
         "text": {
             "width": 128,
-            "num_layers": 2,
+            # A transformer would first learn the background, and forget the other words for it.
+            "num_layers": 0,
             "max_bytes": 56,
             "words": 1024,
             "dtype": "float32",
@@ -96,7 +97,7 @@ _DENOISER = {
         "fps": 4.0,
         "caption_bytes": 56,
     },
-    "num_steps": 4500,
+    "num_steps": 3000,
     "batch_size": 16,
     "optimizer": {"learning_rate": 2e-3, "warmup_steps": 50, "ema_decay": 0.995},
     "log_every": 100,

@@ -23,7 +23,8 @@ class ByteEncoderConfig(TextConfig, name="bytes"):
 
     Attributes:
       width: of its tokens; the denoiser's `text_features`.
-      num_layers, num_heads: of the transformer.
+      num_layers, num_heads: of the transformer. Without layers and with `words` a text is a bag of
+        words: the least, for captions of a fixed form.
       max_bytes: longest text, in bytes of UTF-8.
       words: entries of a table of words, 0 for none. With one, a byte also has the entry of what
         its word has been so far, found by a hash (as BLT's n-grams, 2412.09871, section 3.2.1), and
@@ -41,8 +42,10 @@ class ByteEncoderConfig(TextConfig, name="bytes"):
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
 
     def __post_init__(self) -> None:
-        if min(self.width, self.num_layers, self.num_heads, self.max_bytes) < 1:
+        if min(self.width, self.num_heads, self.max_bytes) < 1 or self.num_layers < 0:
             raise UserError(f"The sizes of config.task.text must be positive, got {self}.")
+        if not (self.num_layers or self.words):
+            raise UserError("config.task.text.num_layers=0 needs words: bytes alone say nothing.")
         if self.words < 0:
             raise UserError(f"config.task.text.words must be 0 or more, got {self.words}.")
         if self.width % self.num_heads:
