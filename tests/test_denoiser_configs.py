@@ -98,8 +98,8 @@ def test_every_denoiser_is_listed_here():
     for path in sorted(CONFIGS.rglob("*.py")):
         if config_lib.load(str(path))["task"]["name"] == "denoiser":
             found[str(path.relative_to(CONFIGS).with_suffix(""))] = set(variants_of(path))
-    small = found.pop("sprites_walt")
-    assert "debug" in small
+    for small in ("sprites_walt", "sprites_text", "sprites_long"):
+        assert "debug" in found.pop(small)
     assert found == {name: {*known, "debug"} for name, known in SIZES.items()}
 
 

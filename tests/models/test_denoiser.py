@@ -11,6 +11,7 @@ from small_denoisers import SMALL, build, evaluate, latents, network_of, random_
 from walt_jax.errors import UserError
 from walt_jax.models import Conditions
 from walt_jax.models.denoiser import CrossAttentionConfig
+from walt_jax.models.denoiser.layers import layer_norm
 from walt_jax.training.flops import forward_flops
 
 CLASSES = dataclasses.replace(SMALL, num_classes=3)
@@ -155,17 +156,17 @@ def test_identity_is_without_cost():
 # Text.
 
 
-def test_pooled_text_is_the_mean_of_what_is_no_padding():
+def test_pooled_text_is_the_normalised_mean_of_what_is_no_padding():
     config = dataclasses.replace(ONE, text_features=6, pooled_text=True)
     embed = network_of(config)[0].bind(random_params(config)).embed
     mask = jnp.array([[True, True, False], [False] * 3])
     text = jax.random.normal(jax.random.key(4), (2, 3, 6))
     time, pooled = embed.vectors(jnp.array([1, 2]), Conditions(text=text, text_mask=mask))
-    wanted = jnp.stack([text[0, :2].mean(0), jnp.zeros(6)])
+    wanted = layer_norm(jnp.stack([text[0, :2].mean(0), jnp.zeros(6)]))
     np.testing.assert_allclose(pooled, embed.pooled(wanted), atol=1e-6)
     assert pooled.shape == time.shape
     _, whole = embed.vectors(jnp.array([1, 2]), Conditions(text=text))
-    np.testing.assert_allclose(whole, embed.pooled(text.mean(1)), atol=1e-6)
+    np.testing.assert_allclose(whole, embed.pooled(layer_norm(text.mean(1))), atol=1e-6)
     with pytest.raises(UserError, match="pooled_text=True pools text"):
         dataclasses.replace(ONE, pooled_text=True)
 
