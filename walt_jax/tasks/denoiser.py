@@ -29,7 +29,7 @@ from walt_jax.tasks.base import (
 )
 from walt_jax.tasks.frames import FramesConfig, pick_frames
 from walt_jax.tasks.frozen import Frozen, check_dataset
-from walt_jax.tasks.given import GivenConfig, Grid, draw_masks
+from walt_jax.tasks.given import GivenConfig, Grid, draw_masks, given_mistakes
 from walt_jax.tasks.wanted import Wanted
 from walt_jax.training.denoisers import TEXT, start_from, without_text
 from walt_jax.training.texts import find_text, keep_text
@@ -103,16 +103,7 @@ class DenoiserTask(Task, name="denoiser"):
                 f"model.text_features={model.text_features} must be the width of config.task.text, "
                 f"{width}: set both, or neither",
             ),
-            (
-                model.frame_times and (model.given == "none" or self.given.share > 0),
-                "model.frame_times=True needs model.given, and config.task.frames says what is "
-                "given: set model.given='channels' or its like, and no shares in config.task.given",
-            ),
-            (
-                (model.given != "none") != (model.frame_times or self.given.share > 0),
-                f"model.given={model.given!r}, but the shares of config.task.given sum to "
-                f"{self.given.share:g}: set both, or neither",
-            ),
+            *given_mistakes(self.given, model),
         ]
 
     @functools.cached_property
@@ -157,8 +148,8 @@ class DenoiserTask(Task, name="denoiser"):
 
         A run on cached latents has its text cached too.
         """
-        channels, images = self.model.latent_channels, self.model.grid[0] == 1
-        tokenizer = FrozenTokenizer.abstract(tokenizer_like(channels, images=images))
+        like = tokenizer_like(self.model.latent_channels, images=self.model.grid[0] == 1)
+        tokenizer = FrozenTokenizer.abstract(like)
         runs = self.text_encoder is not None and self.model.upsampling is not None
         return Frozen(tokenizer, FrozenText.abstract(self.text) if runs else None)
 

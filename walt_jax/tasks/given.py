@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from walt_jax.errors import UserError
+from walt_jax.models import DenoiserConfig
 
 Grid = tuple[int, int, int]
 
@@ -86,6 +87,22 @@ class GivenConfig:
         }
         kinds = [words[kind] for kind in _KINDS if getattr(self, kind) > 0]
         return f"{', '.join(kinds)} of the latent frames" if kinds else "nothing"
+
+
+def given_mistakes(config: GivenConfig, model: DenoiserConfig) -> list[tuple[bool, str]]:
+    """What of a model and of what training gives does not go together, and the sentence for it."""
+    return [
+        (
+            model.frame_times and (model.given == "none" or config.share > 0),
+            "model.frame_times=True needs model.given, and config.task.frames says what is "
+            "given: set model.given='channels' or its like, and no shares in config.task.given",
+        ),
+        (
+            (model.given != "none") != (model.frame_times or config.share > 0),
+            f"model.given={model.given!r}, but the shares of config.task.given sum to "
+            f"{config.share:g}: set both, or neither",
+        ),
+    ]
 
 
 def draw_masks(config: GivenConfig, keys: jax.Array, grid: Grid) -> jax.Array:

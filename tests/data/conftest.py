@@ -1,0 +1,5 @@
+"""Fixtures of cached latents."""
+
+from small_latents import data, encode, straight, tokenizer
+
+__all__ = ["data", "encode", "straight", "tokenizer"]
