@@ -52,4 +52,4 @@ def read(task: "DenoiserTask", params: PyTree, text: Text) -> Embeddings:
         return text
     flat = text.reshape(-1, text.shape[-1])
     found = task.text_network.bind(params[TEXT])(flat)
-    return Embeddings(*(x.reshape(*text.shape, *x.shape[2:]) for x in found))
+    return Embeddings(*(x.reshape(*text.shape[:-1], *x.shape[1:]) for x in found))
