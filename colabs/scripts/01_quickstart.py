@@ -2,7 +2,7 @@
 # # Samples in a minute
 #
 # walt_jax trains W.A.L.T-style video diffusion models. A small one comes with the package: it read
-# captions of moving sprites, such as *a red square moves left over a black background*. On a CPU
+# captions of moving sprites, such as *a red square moves left over a gray background*. On a CPU
 # every cell takes seconds; on an accelerator most of that is compilation.
 
 # %%
@@ -24,10 +24,10 @@ print(f"step {walt.step}: {frames} frames of {height}x{width} at {walt.fps:g} fp
 
 # %%
 prompts = [
-    "a red square moves left over a black background",
+    "a red square moves left over a gray background",
     "a green triangle moves up over a yellow background",
-    "a blue circle moves right over a white background",
-    "a red circle moves down over a gray background",
+    "a blue square moves right over a yellow background",
+    "a red triangle moves down over a gray background",
 ]
 options = {"guidance": 3.0, "steps": 25, "progress": False}
 videos = walt.sample(prompts, seed=1, **options)
@@ -51,7 +51,7 @@ show_videos([videos[0], walt.decode(latents)], walt.fps, ["video", "decoded agai
 
 # %%
 picture = videos[0][0]
-ways = [f"a red square moves {way} over a black background" for way in ("left", "up", "down")]
+ways = [f"a red square moves {way} over a gray background" for way in ("left", "up", "down")]
 moved = walt.sample(ways, task="image_to_video", image=picture, **options)
 show_videos(moved, walt.fps, ways)
 

@@ -23,11 +23,13 @@ SPREAD = np.array([0.3] * 6 + [0.02] * 6)  # of each number over videos, about
 walt = walt_jax.load("sprites")
 frames = walt.video_shape[0]
 sprites = SpriteConfig(
-    backgrounds=("black", "white", "gray", "yellow"),
+    shapes=("square", "triangle"),
+    backgrounds=("gray", "yellow"),
     aspects=("1:1",),
-    fps=(8,),
+    fps=(int(walt.fps),),
     seconds=(2.2, 2.3),
-    sizes=(0.38, 0.44),
+    sizes=(0.4, 0.44),
+    crossing=True,
 )
 
 
