@@ -76,7 +76,7 @@ SQUARE, ASPECTS = ((64, 64),), {"1:1": (64, 64), "5:3": (48, 80), "3:5": (80, 48
 GIVEN = {  # the latent frames that are given
     "image to video": (0,),
     "extend forwards": (0, 1),
-    "extend backwards": (-2, -1),
+    "extend backwards": (-1,),
     "interpolate": (0, -1),
 }
 TRUTH_SEED = 7  # of videos that nothing was trained on
