@@ -35,12 +35,12 @@ def test_an_asset_is_whole_and_small(folder):
 
 
 @pytest.mark.slow
-def test_sprites_have_the_colours_of_their_captions():
+def test_sprites_are_what_captions_of_unseen_combinations_say():
     walt = walt_jax.load("sprites")
-    labels = [EVERY.class_names.index(name) for name in HELD_OUT]
+    labels = 6 * [EVERY.class_names.index(name) for name in HELD_OUT]
     truths = [sprite_video(EVERY, 11, i, label) for i, label in enumerate(labels)]
     captions = [truth.caption for truth in truths]
     videos = walt.sample(captions, seed=3, guidance=3.0, steps=30)
-    assert videos.shape == (8, 9, 64, 64, 3) and videos.dtype == np.uint8
+    assert videos.shape == (24, 9, 64, 64, 3) and videos.dtype == np.uint8
     right = sprite_judges.attributes(videos, truths, EVERY)
-    assert min(right["colour"], right["background"], right["frames found"]) >= 0.85
+    assert min(right.values()) >= 0.75
