@@ -6,7 +6,8 @@
     tokenizer --workdir W                         reconstruction
     report --workdir W --out DIR                  curves, samples, a table beside the papers'
 
-`--protocol.key=value` changes a key of the protocol; see docs/scores.md.
+`--protocol.key=value` changes a key of the protocol, `--evaluator` asks for other scores than the
+Frechet distance; see docs/scores.md.
 """
 
 import argparse
