@@ -99,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--protocol", default=protocols.CUSTOM, help="see docs/scores.md")
     parser.add_argument("--features", default="", help="a network (i3d), or module:function")
-    parser.add_argument("--weights", default="", help="file or URL of the network's weights")
+    parser.add_argument("--weights", default="", help="file, or URL#sha256=..., of its weights")
     parser.add_argument("--resize", default="", help="instead of the network's own")
     parser.add_argument("--allow", action="append", default=[], help="a kind of weights to take")
     parser.add_argument(

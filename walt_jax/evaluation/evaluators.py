@@ -128,7 +128,7 @@ class Fvd(Evaluator, name="fvd"):
 
     Attributes:
       features: name of a feature network, or `module:function`.
-      weights: file or URL of its weights; '' for the published ones.
+      weights: file, or URL#sha256=..., of its weights; '' for the published ones.
       resize: instead of the network's own.
       allow: kinds of weights that are otherwise refused.
       kernel_videos: also the kernel distance (`kvd`), of so many videos a side; 0 leaves it out.
@@ -224,7 +224,7 @@ class Is(Evaluator, name="is"):
 
     Attributes:
       features: a network of class logits.
-      weights: file or URL of its weights; '' for the published ones.
+      weights: file, or URL#sha256=..., of its weights; '' for the published ones.
       allow: kinds of weights that are otherwise refused.
     """
 

@@ -147,8 +147,8 @@ def load(
     Args:
       name: one of `names()`, or `module:function` of your own, called with this function's other
         arguments.
-      weights: path or URL of its weights; None for the published ones, from the cache or the
-        address in docs/evaluation.md.
+      weights: path of its weights, or a URL that ends in #sha256=...; None for the published ones,
+        from the cache or the address in docs/evaluation.md.
       resize: instead of the network's own (see `resize.py`).
       mesh: whose devices are used; None is the first device.
       allow: for I3D, kinds of weights that are otherwise refused ('rgb_imagenet', 'unknown'). For
