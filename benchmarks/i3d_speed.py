@@ -12,11 +12,15 @@ the cores too, compare core seconds on one core (`taskset -c 0 python -m ...`), 
 wait for each other.
 
 With `--tpu`: cycles and share of the bf16 peak of one clip on one chip by the TPU compiler, with no
-TPU attached. Products are exact in float32, for which a TPU multiplies six times in bf16.
+TPU attached, stage by stage (a convolution or an Inception module and the pooling behind it) and
+summed; the averages and the small product at the end are not in it. Products are exact in float32,
+for which a TPU multiplies six times in bf16. A chip takes a few minutes of one core.
 """
 
 import argparse
+import functools
 import json
+import time
 from pathlib import Path
 
 import jax
@@ -30,6 +34,7 @@ from walt_jax.errors import UserError
 from walt_jax.evaluation import i3d, i3d_weights
 
 TOLERANCE = 1e-4
+PRODUCTS = 6  # of bf16 parts, for one that is exact in float32
 
 
 def main() -> None:
@@ -133,28 +138,39 @@ def price(args: argparse.Namespace, tensors: dict[str, np.ndarray]) -> list[Reco
       UserError: no TPU compiler.
     """
     jax.config.update("jax_platforms", "cpu")
-    from walt_jax.rehearsal.chips import CHIPS
-    from walt_jax.rehearsal.estimate import NOTE, estimate, peak_share
+    from benchmarks.tokenizer_parts import Part, Row, total
+    from walt_jax.rehearsal.estimate import NOTE, peak_share
 
     params = i3d.assemble(tensors)
-    clip = jax.ShapeDtypeStruct((1, args.frames, 224, 224, 3), jnp.float32)
-    flops = jax.jit(i3d.logits).lower(params, clip).compile().cost_analysis()["flops"]
-    print(f"{NOTE}; one clip of {args.frames}x224x224 a chip, {flops / 1e9:.1f} GFLOP")
+    x = jax.ShapeDtypeStruct((1, args.frames, i3d.SIZE, i3d.SIZE, 3), jnp.float32)
+    parts = []
+    for name in i3d.STAGES:
+        parts.append(Part(name, functools.partial(i3d.stage, name), (params[name], x)))
+        x = parts[-1].output
+    print(f"{NOTE}; one clip of {args.frames}x{i3d.SIZE}x{i3d.SIZE} a chip, stage by stage")
     records = []
     for chip in args.chips:
-        found = estimate(i3d.logits, params, clip, chip=chip)
-        seconds = found.cycles / CHIPS[chip].hertz
-        share = peak_share(6 * flops, found.cycles, chip)
-        memory = (found.arguments + found.temporaries) / 2**20
-        print(
-            f"{chip}: {found.cycles / 1e6:.2f} Mcycles = {seconds * 1e3:.2f} ms a clip, "
-            f"{1 / seconds:.0f} clips/s a chip; {share:.1%} of the bf16 peak in six products for "
-            f"one, {memory:.0f} MiB of HBM; "
-            + ", ".join(
-                f"{kind} {cycles / found.cycles:.0%}" for kind, cycles in found.kinds.items()
+        print(f"\n{'on ' + chip:<16}{'input':>18}{'GFLOP':>8}{'Mcycles':>9}{'share of peak':>15}")
+        rows = []
+        for part in parts:
+            began = time.perf_counter()
+            rows.append(Row(part, "forward", chip, part.price("forward", chip)))
+            share, cycles = PRODUCTS * rows[-1].share, rows[-1].estimate.cycles
+            seconds, size = time.perf_counter() - began, "x".join(map(str, part.input))
+            print(
+                f"{part.name:<16}{size:>18}{part.flops / 1e9:>8.2f}{cycles / 1e6:>9.2f}"
+                f"{share:>15.1%}   compiled in {seconds:.0f} s",
+                flush=True,
             )
+            records.append({**rows[-1].record(), "share_of_products": share})
+        whole = total(rows)
+        share = peak_share(PRODUCTS * whole["flops"], whole["cycles"], chip)
+        print(
+            f"sum: {whole['flops'] / 1e9:.1f} GFLOP, {whole['cycles'] / 1e6:.2f} Mcycles = "
+            f"{whole['seconds'] * 1e3:.2f} ms a clip, {1 / whole['seconds']:.0f} clips/s a chip; "
+            f"{share:.1%} of the bf16 peak in {PRODUCTS} products for one"
         )
-        records.append({"chip": chip, "cycles": found.cycles, "seconds": seconds, "share": share})
+        records.append({"part": "sum", **whole, "share_of_products": share})
     return records
 
 

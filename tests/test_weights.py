@@ -154,10 +154,19 @@ def test_url_is_downloaded_once(site, name, capsys):
     assert [sha256(p) for p in kept] == [digest] and kept[0].suffix == f".{name.split('.')[1]}"
 
 
+def test_url_may_end_in_its_hash(site):
+    _, digest = write(site.folder, "w.npz")
+    same(load_weights(f"{site.url}/w.npz#sha256={digest}"))
+    assert site.requests == ["/w.npz"]
+    with says("has the sha256", "correct the hash"):
+        load_weights(f"{site.url}/w.npz#sha256={'0' * 64}")
+
+
 def test_url_needs_a_hash(site):
     write(site.folder, "w.npz")
-    with says(f"{site.url}/w.npz", "no sha256"):
-        load_weights(f"{site.url}/w.npz")
+    for end in ("", "#sha256=", "#part"):
+        with says(f"{site.url}/w.npz", "no sha256"):
+            load_weights(f"{site.url}/w.npz{end}")
     assert not site.requests
 
 

@@ -6,7 +6,8 @@
     tokenizer --workdir W                         reconstruction
     report --workdir W --out DIR                  curves, samples, a table beside the papers'
 
-`--protocol.key=value` changes a key of the protocol; see docs/scores.md.
+`--protocol.key=value` changes a key of the protocol, `--evaluator` asks for other scores than the
+Frechet distance; see docs/scores.md.
 """
 
 import argparse
@@ -35,6 +36,8 @@ from walt_jax.generation import Generator
 from walt_jax.parallel import MeshConfig, distributed, make_mesh
 
 _BATCH = 8  # clips given to a feature network at once; no feature depends on it
+# Arguments that are an evaluator's own keys.
+_OPTIONS = ("features", "weights", "resize", "allow", "kernel_videos", "metrics", "lpips")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -79,6 +82,10 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--step", default="latest", help="a step, latest or all")
         if run is not _tokenizer:
             _add_sampling(sub)
+        if run is not _checkpoint:
+            known = ("psnr", "ssim", "ms_ssim", "lpips")
+            sub.add_argument("--metrics", nargs="+", choices=known, help="of reconstructions")
+            sub.add_argument("--lpips", default="", help="file of weights for the metric lpips")
         if run is _follow:
             sub.add_argument("--poll", type=float, default=30.0, help="seconds between looks (30)")
             sub.add_argument("--patience", type=float, help="seconds without a checkpoint to end")
@@ -91,8 +98,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--protocol", default=protocols.CUSTOM, help="see docs/scores.md")
-    parser.add_argument("--features", default="i3d", help="a network, or module:function")
-    parser.add_argument("--weights", default="", help="file or URL of the network's weights")
+    parser.add_argument("--features", default="", help="a network (i3d), or module:function")
+    parser.add_argument("--weights", default="", help="file, or URL#sha256=..., of its weights")
     parser.add_argument("--resize", default="", help="instead of the network's own")
     parser.add_argument("--allow", action="append", default=[], help="a kind of weights to take")
     parser.add_argument(
@@ -116,13 +123,14 @@ def _fvd(args: argparse.Namespace, changes: tuple[str, ...]) -> None:
     distributed.start(args)
     protocol = protocols.choose(args.protocol, changes)
     net = features.load(
-        args.features,
+        args.features or Fvd.features,
         args.weights or None,
         resize=args.resize or None,
         mesh=make_mesh(MeshConfig(), jax.local_devices()),
         allow=tuple(args.allow),
     )
-    cut = functools.partial(Clips, seed=args.seed, min_frames=net.min_frames)
+    features.check_clips(net, protocol.num_frames)
+    cut = functools.partial(Clips, seed=args.seed)
     fake = cut(args.fake, protocol, samples=True)
     if args.real.endswith(".npz"):
         statistics = reference.load(args.real, protocol, net, kept=args.kernel_videos)
@@ -155,7 +163,7 @@ def _fvd(args: argparse.Namespace, changes: tuple[str, ...]) -> None:
     if jax.process_index() == 0:
         if not scores.find(args.out, record):
             scores.append(args.out, made)
-        counts = f"{statistics.moments.count} real clips, {len(fake)} generated"
+        counts = f"{statistics.source['clips']} real clips, {len(fake)} generated"
         print(f"{', '.join(map(str, made))} ({counts}; {args.out})")
     partial.remove(folder)
 
@@ -206,9 +214,6 @@ def _evaluators(
     args: argparse.Namespace, changes: tuple[str, ...], defaults: tuple[type[Evaluator], ...]
 ) -> list[Evaluator]:
     """Those named on the command line, or else the config's, or else the usual ones."""
-    plain = args.protocol == protocols.CUSTOM and not changes and not args.evaluator
-    if plain and (values := config_lib.read_resolved(args.workdir).get("evaluators")):
-        return [config_lib.build(Evaluator, v, "config.evaluators") for v in values]
     options: dict[str, Any] = {"real": args.real, "real_part": args.real_part, "seed": args.seed}
     if "guidance" in args:
         options |= {
@@ -219,21 +224,26 @@ def _evaluators(
             "per_device": args.per_device,
         }
     sampling = Sampling(args.protocol, changes, **options)
+    found = {key: getattr(args, key, None) for key in _OPTIONS}
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items() if v}
+    nothing_said = sampling == Sampling() and not given and not args.evaluator
+    if nothing_said and (values := config_lib.read_resolved(args.workdir).get("evaluators")):
+        return [config_lib.build(Evaluator, v, "config.evaluators") for v in values]
     kinds = [Evaluator.registry[name] for name in args.evaluator] or defaults
-    made = []
-    for kind in kinds:
-        evaluator = kind(sampling=sampling)
-        if isinstance(evaluator, Fvd):
-            evaluator = dataclasses.replace(
-                evaluator,
-                features=args.features,
-                weights=args.weights,
-                resize=args.resize,
-                allow=tuple(args.allow),
-                kernel_videos=args.kernel_videos,
+    keys = {kind: {field.name for field in dataclasses.fields(kind)} for kind in kinds}
+    for key in given:
+        readers = sum(key in known for known in keys.values())
+        if not readers:
+            raise UserError(f"No evaluator that is asked for reads --{key}: leave it out.")
+        if readers > 1 and key in ("features", "weights"):
+            raise UserError(
+                f"--{key} is of one network, but several evaluators have one each: ask for one "
+                "evaluator at a time, or name them in config.evaluators."
             )
-        made.append(evaluator)
-    return made
+    return [
+        kind(sampling=sampling, **{k: v for k, v in given.items() if k in keys[kind]})
+        for kind in kinds
+    ]
 
 
 def _scorer(

@@ -55,8 +55,8 @@ def read_file(source: str, digest: str = "") -> tuple[epath.Path, bytes]:
     Args:
       source: a path (gs:// too) or an http(s) URL. What a URL gives is kept in the folder
         $WALT_CACHE, or ~/.cache/walt_jax, under its hash.
-      digest: sha256 of the file (64 hex digits), or its git blob id (40); needed for a URL,
-        checked for a path where given.
+      digest: sha256 of the file (64 hex digits), or its git blob id (40); needed for a URL, unless
+        it ends in #sha256=..., and checked for a path where given.
 
     Returns:
       Where it lies, and what it holds.
@@ -64,13 +64,15 @@ def read_file(source: str, digest: str = "") -> tuple[epath.Path, bytes]:
     Raises:
       UserError: a missing file, a URL without a hash or one that cannot be reached, a wrong hash.
     """
+    remote = source.startswith(("http://", "https://"))
+    if remote and not digest:
+        source, _, digest = source.partition("#sha256=")
     digest = digest.lower()
     if digest and not re.fullmatch("[0-9a-f]{64}|[0-9a-f]{40}", digest):
         raise UserError(
             f"{digest!r} is no sha256 of {source}: give the 64 hex digits that sha256sum prints, "
             "or the 40 of git hash-object."
         )
-    remote = source.startswith(("http://", "https://"))
     path = epath.Path(_download(source, digest) if remote else source).expanduser()
     if not path.exists():
         raise UserError(f"{path} does not exist: give the path or URL of a weights file.")
@@ -178,7 +180,8 @@ def _download(url: str, digest: str) -> Path:
     """The file of a URL in the cache; it gets its name there once its hash is right."""
     if not digest:
         raise UserError(
-            f"{url} has no sha256: give one with a URL, so that what arrives is what was published."
+            f"{url} has no sha256: give one with a URL (URL#sha256=... where there is no place of "
+            "its own), so that what arrives is what was published."
         )
     cache = cache_folder()
     path = cache / f"{digest}{_suffix(url)}"

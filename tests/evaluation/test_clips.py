@@ -154,11 +154,6 @@ def test_samples_that_do_not_fit(folder, protocol, words):
         all_of(Clips(folder, Protocol(**({"num_frames": 6} | protocol)), samples=True))
 
 
-def test_too_few_frames_for_the_features(folder):
-    with pytest.raises(UserError, match=r"needs clips of at least 10 frames.*is 6"):
-        Clips(folder, PROTOCOL, min_frames=10)
-
-
 def test_the_two_sides_must_be_alike(folder, tmp_path):
     other = tmp_path / "samples"
     other.mkdir()

@@ -67,12 +67,23 @@ def test_the_kernel_distance_of_folders(folders):
         fvd(folders, "--kernel_videos=5", real=str(statistics))
 
 
+def test_a_network_of_frames_that_is_vouched_for(folders):
+    (score,) = fvd(folders, "--features=tiny_features:load_frames", "--allow=trained")
+    assert score.name == "fvd_tiny" and score.record["features"]["trained"] and score.value > 0
+    (statistics,) = (folders / "cache").glob("*.npz")
+    with np.load(statistics) as file:
+        assert file["count"] == 24  # frames
+    extra = ("--features=tiny_features:load_frames", "--allow=trained", "--protocol.num_real=4")
+    with pytest.raises(UserError, match=r"protocol\.num_real: 0 -> 4"):
+        fvd(folders, *extra, real=str(statistics))
+
+
 @pytest.mark.parametrize(
     "extra, words",
     [
         (("--protocol.num_samples=3",), "holds 4 videos, but the protocol custom is of 1 x 3"),
         (("--protocol.num_frames=7",), "0.mp4 has 6 frames, too few"),
-        (("--protocol.num_frames=3",), "at least 4 frames"),
+        (("--protocol.num_frames=3",), "needs clips of at least 4 frames"),
         (("--protocol.frames=3",), "Nothing reads protocol.frames"),
         (("--protocol=none",), "No protocol 'none'"),
         (("--features=nothing",), "No feature network is named 'nothing'"),
@@ -108,8 +119,8 @@ def events(workdir, name):
 
 
 def test_checkpoints_then_the_report(run, tmp_path, capsys):
-    common = ("checkpoint", "--workdir", str(run), *TINY, *FEW)
-    evaluate.main([*common, "--step=all"])
+    common = ("checkpoint", "--workdir", str(run), *FEW)
+    evaluate.main([*common, *TINY, "--step=all"])
     found = scores.read_scores(run)
     assert [s.step for s in found] == [2, 3] and len({s.folds for s in found}) == 2
     logged = events(run, "score/frechet_fixture")
@@ -137,11 +148,14 @@ def test_checkpoints_then_the_report(run, tmp_path, capsys):
         (("--real=nowhere",), "nowhere does not exist"),
         (("--protocol.num_samples=0",), "how many samples"),
         (("--per_device=0",), "per_device=0 must be at least 1"),
+        (("--evaluator=read_back", "--weights=w"), "reads --weights: leave it out"),
+        (("--evaluator=fvd", "--evaluator=is", "--weights=w"), "--weights is of one network"),
+        (("--evaluator=clip",), "needs a model of text: leave it out"),
     ],
 )
 def test_checkpoint_mistakes(run, extra, words):
     with pytest.raises(UserError, match=words):
-        evaluate.main(["checkpoint", "--workdir", str(run), *TINY, *FEW, *extra])
+        evaluate.main(["checkpoint", "--workdir", str(run), *FEW, *extra])
 
 
 def test_a_run_without_checkpoints(tmp_path):
@@ -157,9 +171,12 @@ def test_reconstruction(tmp_path, tokenizer_run):
     assert -1 < ssim.value < 1
     assert 0 < psnr.value < 40 and frechet.value > 0
     assert psnr.record["reconstructions"]["count"] == 24
-    evaluate.main(["tokenizer", "--workdir", str(run), *TINY, "--protocol.num_frames=6",
-                   "--step=1", "--evaluator=reconstruction"])  # fmt: skip
-    assert scores.read_scores(run)[-2].value != psnr.value
+    evaluate.main(["tokenizer", "--workdir", str(run), "--protocol.num_frames=6", "--step=1",
+                   "--evaluator=reconstruction", "--metrics", "ssim", "psnr"])  # fmt: skip
+    again = scores.read_scores(run)[3:]
+    assert [s.name for s in again] == ["ssim", "psnr"] and again[1].value != psnr.value
+    with pytest.raises(UserError, match="names the weights of the metric lpips: give both"):
+        evaluate.main(["tokenizer", "--workdir", str(run), "--lpips=w.npz"])
 
 
 def test_follow_scores_what_comes(tmp_path, denoiser_run):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_features
 
 from walt_jax.errors import UserError
 from walt_jax.evaluation import features
@@ -82,6 +83,28 @@ def test_refuses_what_is_no_video():
         net(VIDEOS.astype(np.float32))
     with pytest.raises(ValueError, match="not uint8"):
         net(VIDEOS[0])
+
+
+def test_clips_of_networks_of_frames():
+    net, frames = tiny_features.load(), tiny_features.load_frames()
+    np.testing.assert_array_equal(features.of_clips(net, VIDEOS)[:, 0], net(VIDEOS))
+    found = features.of_clips(frames, VIDEOS)
+    assert found.shape == (13, 4, tiny_features.DIMS)
+    np.testing.assert_array_equal(found[:, 2], frames(VIDEOS[:, 2:3]))
+    with pytest.raises(UserError, match="needs 1 frame a video, 4 given: make shorter"):
+        frames(VIDEOS)
+
+
+def test_frames_are_checked_before_there_are_clips():
+    for net, good, bad in (
+        (tiny_features.load(), 9, 3),
+        (tiny_features.load_exact(), 4, 5),
+        (tiny_features.load_exact(), 4, 3),
+    ):
+        features.check_clips(net, good)
+        with pytest.raises(UserError, match=rf"4 frames, but protocol\.num_frames is {bad}"):
+            features.check_clips(net, bad)
+    features.check_clips(tiny_features.load_frames(), 9)
 
 
 def test_refuses_unknown_networks():

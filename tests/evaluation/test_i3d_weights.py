@@ -178,6 +178,16 @@ def test_published_weights_without_a_network(tmp_path, monkeypatch):
         features.load("i3d")
 
 
+def test_a_url_with_its_hash(tmp_path, monkeypatch, i3d_file):
+    digest = hashlib.sha256(i3d_file.read_bytes()).hexdigest()
+    monkeypatch.setenv("WALT_CACHE", str(tmp_path))
+    (tmp_path / f"{digest}.npz").symlink_to(i3d_file)  # downloaded before
+    found = i3d_weights.read(f"https://example.org/i3d.npz#sha256={digest}")
+    assert (found.kind, found.sha256) == ("fixture", digest)
+    with pytest.raises(UserError, match=r"i3d\.npz has no sha256"):
+        i3d_weights.read("https://example.org/i3d.npz")
+
+
 def test_checksums_are_tensorflows():
     def bitwise(data):
         register = 0xFFFFFFFF

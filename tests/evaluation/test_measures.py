@@ -131,6 +131,28 @@ def test_the_inception_score_of_each_fold(net):
     np.testing.assert_allclose(found["is_fixture"], expected, rtol=1e-6)
 
 
+def test_single_frames_all_count():
+    """A fold's frames; of the first videos the middle ones are kept."""
+    net = tiny_features.load_frames()
+    sums = in_parts(lambda: FeatureSums(net, 3, 4, kept=3), VIDEOS)
+    frames = [net(VIDEOS[:, i : i + 1]) for i in range(5)]
+    assert [m.count for m in sums.moments] == [20] * 3
+    np.testing.assert_allclose(sums.moments[1].total, sum(f[4:8].sum(0) for f in frames), rtol=1e-6)
+    np.testing.assert_array_equal(sums.rows, frames[2][:3])
+    protocol = Protocol(num_frames=5, num_samples=12)
+    found = in_parts(lambda: InceptionScore(net, protocol), VIDEOS).results()["is_fixture"]
+    expected, _ = inception_score(np.concatenate(frames), splits=1)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_means_of_videos_and_texts():
+    texts = ("a", "abc", "ab")  # in turn
+    make = lambda: Means({"n": lambda v, said: [len(t) for t in said]}, texts=texts,  # noqa: E731
+                         folds=3, fold_size=4)  # fmt: skip
+    found = in_parts(make, VIDEOS).results()["n"]
+    assert found == (7 / 4, 9 / 4, 8 / 4)
+
+
 def test_the_first_videos_are_shown():
     np.testing.assert_array_equal(
         in_parts(lambda: Shown(5, VIDEOS.shape[1:4]), VIDEOS).videos, VIDEOS[:5]

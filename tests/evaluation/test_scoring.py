@@ -9,7 +9,7 @@ import pytest
 from walt_jax import config as config_lib
 from walt_jax.errors import UserError
 from walt_jax.evaluation import partial, scores, scoring
-from walt_jax.evaluation.evaluators import Fvd, Sampling, SpriteReadBack
+from walt_jax.evaluation.evaluators import Fid, Fvd, Is, Sampling, SpriteReadBack
 from walt_jax.generation import Generator
 from walt_jax.parallel import MeshConfig, make_mesh
 
@@ -112,15 +112,20 @@ def test_the_record_says_what_it_depends_on(copied):
 def test_evaluators_of_one_sampling_share_their_samples(copied, straight, monkeypatch):
     calls, stream = [], Generator.stream
     monkeypatch.setattr(Generator, "stream", lambda *a, **k: calls.append(1) or stream(*a, **k))
-    made = score(copied, [FVD, SpriteReadBack(sampling=SAMPLING)])
+    others = (
+        Is(sampling=SAMPLING, features=FVD.features),
+        Fid(sampling=SAMPLING, features="tiny_features:load_frames", allow=("trained",)),
+    )
+    made = score(copied, [FVD, *others, SpriteReadBack(sampling=SAMPLING)])
     assert len(calls) == 1
     assert [m.name for m in made] == [
-        *("frechet_fixture", "read_back/colour", "read_back/shape", "read_back/direction"),
-        "read_back",
+        *("frechet_fixture", "is_fixture", "fvd_tiny"),
+        *("read_back/colour", "read_back/shape", "read_back/direction", "read_back"),
     ]
     same(made[0], straight)
-    assert all(0 <= m.value <= 1 for m in made[1:])
-    assert made[-1].value <= min(m.value for m in made[1:-1])
+    assert 1 < made[1].value < 6 and made[2].value > 0
+    assert all(0 <= m.value <= 1 for m in made[3:])
+    assert made[-1].value <= min(m.value for m in made[3:-1])
 
 
 def test_other_samples_score_otherwise(copied, straight):
@@ -140,6 +145,10 @@ def test_other_samples_score_otherwise(copied, straight):
         ({"changes": ("num_frames=5",)}, "how many samples.*num_samples"),
         ({"changes": ("num_frames=6", "num_samples=2")}, "needs videos of 6 frames.*makes 5"),
         ({"changes": ("num_frames=3", "num_samples=2")}, "tiny needs clips of at least 4 frames"),
+        (
+            {"changes": ("num_frames=5", "num_samples=2"), "features": "tiny_features:load_exact"},
+            "tiny needs clips of 4 frames, but protocol.num_frames is 5",
+        ),
         ({"changes": ("num_frames=5", "num_samples=2", "fps=8")}, "at 8 fps.*trained at 4"),
         ({"protocol": "magvit_ucf101"}, r"is of videos of \(128, 128\).*this run is of \(32, 32\)"),
         ({"changes": ("num_frames=5", "num_samples=2", "given_frames=1")}, "given='none'"),
@@ -148,10 +157,11 @@ def test_other_samples_score_otherwise(copied, straight):
     ],
 )
 def test_what_does_not_fit_is_one_sentence(copied, changes, words):
+    net = changes.pop("features", FVD.features)
     sampling = dataclasses.replace(SAMPLING, **({"changes": ()} | changes))
     if "real_part" in changes:
         sampling = dataclasses.replace(sampling, changes=("num_frames=5",))
     with pytest.raises(UserError, match=words) as error:
-        score(copied, [dataclasses.replace(FVD, sampling=sampling)])
+        score(copied, [dataclasses.replace(FVD, sampling=sampling, features=net)])
     assert str(error.value).endswith(".") and "\n" not in str(error.value)
     assert not (copied / scores.SCORES).exists()

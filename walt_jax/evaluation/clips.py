@@ -45,7 +45,6 @@ class Clips:
         samples: bool = False,
         part: Part = "all",
         data: DataConfig | None = None,
-        min_frames: int = 1,
     ) -> None:
         """Finds the videos and checks what can be checked without decoding them.
 
@@ -56,18 +55,12 @@ class Clips:
           samples: whether they are generated: then each gives one clip, its first frames.
           part: of a prepared dataset, what training saw, what it held out, or all.
           data: how training cut its clips, and so what it held out; needed for a part.
-          min_frames: that the feature network needs.
 
         Raises:
           UserError: no videos, too few of them or of their frames, mixed sizes or frame rates.
         """
         self.protocol, self._seed, self._samples = protocol, seed, samples
         self._per_video = 1 if samples else protocol.temporal_clips * protocol.spatial_clips
-        if protocol.num_frames < min_frames:
-            raise UserError(
-                f"The feature network needs clips of at least {min_frames} frames, but "
-                f"protocol.num_frames is {protocol.num_frames}: raise it."
-            )
         path = Path(source)
         prepared = (path / "metadata.json").is_file()
         self._source: Folder | Prepared = (

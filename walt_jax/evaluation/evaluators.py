@@ -8,14 +8,18 @@ config.evaluators = (
 
 import abc
 import dataclasses
+import functools
+from collections.abc import Sequence
 from typing import ClassVar, Literal, Protocol
 
 import numpy as np
+from jax.sharding import Mesh
 
 from walt_jax.diffusion import Constant, Sampler, Scale
 from walt_jax.errors import UserError
 from walt_jax.evaluation import frames, motion, protocols
-from walt_jax.evaluation.features import FeatureNet
+from walt_jax.evaluation.clip import TextMatch
+from walt_jax.evaluation.features import FeatureNet, check_clips
 from walt_jax.evaluation.measures import Frechet, InceptionScore, Means, Measure, ReadBack
 from walt_jax.evaluation.reference import Statistics
 
@@ -67,6 +71,8 @@ class Samples(Protocol):
     protocol: protocols.Protocol
     label_names: tuple[str, ...]
     labels: np.ndarray | None  # int (total,), the class of each sample
+    texts: Sequence[str]  # prompts of the samples, in turn; none for a model without text
+    mesh: Mesh  # whose devices feature networks use
     fps: float
     reconstructed: bool  # by a tokenizer, from the real clips
 
@@ -122,7 +128,7 @@ class Fvd(Evaluator, name="fvd"):
 
     Attributes:
       features: name of a feature network, or `module:function`.
-      weights: file or URL of its weights; '' for the published ones.
+      weights: file, or URL#sha256=..., of its weights; '' for the published ones.
       resize: instead of the network's own.
       allow: kinds of weights that are otherwise refused.
       kernel_videos: also the kernel distance (`kvd`), of so many videos a side; 0 leaves it out.
@@ -146,6 +152,13 @@ class Fvd(Evaluator, name="fvd"):
             cut=samples.reconstructed,
             prefix="r" if samples.reconstructed else "",  # rFVD, as the papers call it
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Fid(Fvd, name="fid"):
+    """The Frechet distance of single frames, all of each clip; otherwise as `fvd`."""
+
+    features: str = "inception"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,7 +224,7 @@ class Is(Evaluator, name="is"):
 
     Attributes:
       features: a network of class logits.
-      weights: file or URL of its weights; '' for the published ones.
+      weights: file, or URL#sha256=..., of its weights; '' for the published ones.
       allow: kinds of weights that are otherwise refused.
     """
 
@@ -221,9 +234,36 @@ class Is(Evaluator, name="is"):
 
     def measure(self, samples: Samples) -> Measure:
         net = samples.net(self.features, self.weights, "", self.allow)
-        if samples.protocol.num_frames < net.min_frames:
-            raise UserError(
-                f"{net.name} needs clips of at least {net.min_frames} frames, but "
-                f"protocol.num_frames is {samples.protocol.num_frames}: raise it."
-            )
+        check_clips(net, samples.protocol.num_frames)
         return InceptionScore(net, samples.protocol)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipMatch(Evaluator, name="clip"):
+    """How well the frames of samples match their prompts; `clip_fixture` with stand-in weights.
+
+    Attributes:
+      weights: folder of a CLIP; '' for the one in the cache.
+      allow: "trained" vouches for it.
+    """
+
+    weights: str = ""
+    allow: tuple[str, ...] = ()
+
+    def measure(self, samples: Samples) -> Measure:
+        if not samples.texts:
+            raise UserError("The evaluator clip needs a model of text: leave it out.")
+        match = _text_match(self.weights or None, samples.mesh, self.allow)
+        name = "clip_match" if match.images.trained else "clip_fixture"
+        return Means(
+            {name: match},
+            texts=samples.texts,
+            net=match.images,
+            folds=samples.protocol.folds,
+            fold_size=samples.protocol.num_samples,
+        )
+
+
+@functools.lru_cache(maxsize=1)
+def _text_match(folder: str | None, mesh: Mesh, allow: tuple[str, ...]) -> TextMatch:
+    return TextMatch.load(folder, mesh=mesh, allow=allow)

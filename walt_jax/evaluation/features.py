@@ -42,6 +42,7 @@ class FeatureNet(Protocol):
       trained: False for stand-in weights, whose scores are named frechet_fixture.
       dims: width of the features.
       min_frames: of a video.
+      max_frames: of a video, or None for any number; 1 is a network of single frames.
       resize: name of the resize in use (see `resize.py`).
     """
 
@@ -50,6 +51,7 @@ class FeatureNet(Protocol):
     trained: bool
     dims: int
     min_frames: int
+    max_frames: int | None
     resize: str
 
     def __call__(self, videos_BTHWC: np.ndarray) -> np.ndarray:
@@ -71,7 +73,6 @@ class Extractor:
       apply: of parameters and uint8 clips (group, T, H, W, 3); float32 (group, dims). Products are
         in float32 on any chip.
       params: on the host.
-      max_frames: of a video, or None for any number.
       group: 1 gives the same bits anywhere; more suits networks of single frames.
       mesh: whose devices are used, or None for the first device.
       The others are FeatureNet's.
@@ -115,14 +116,12 @@ class Extractor:
         videos = jax.device_get(videos_BTHWC)
         if videos.ndim != 5 or videos.shape[-1] != 3 or videos.dtype != np.uint8:
             raise ValueError(f"videos are {videos.dtype} {videos.shape}, not uint8 (B, T, H, W, 3)")
-        least, most, frames = self.min_frames, self.max_frames, videos.shape[1]
-        if frames < least or (most is not None and frames > most):
-            takes = f"at least {least} frames" if most is None else f"{least} to {most} frames"
-            takes = f"{least} frame{'s' * (least > 1)}" if least == most else takes
+        frames = videos.shape[1]
+        if not _fits(self, frames):
             raise UserError(
-                f"{self.name} needs {takes} a video, {frames} given: make "
-                f"{'longer' if frames < least else 'shorter'} clips"
-                f"{', or split videos by features.single_frames.' if most == 1 else '.'}"
+                f"{self.name} needs {_takes(self)} a video, {frames} given: make "
+                f"{'longer' if frames < self.min_frames else 'shorter'} clips"
+                f"{', or give them to features.of_clips.' if self.max_frames == 1 else '.'}"
             )
         step = self._sharding.mesh.size * self.group
         found = []
@@ -148,8 +147,8 @@ def load(
     Args:
       name: one of `names()`, or `module:function` of your own, called with this function's other
         arguments.
-      weights: path or URL of its weights; None for the published ones, from the cache or the
-        address in docs/evaluation.md.
+      weights: path of its weights, or a URL that ends in #sha256=...; None for the published ones,
+        from the cache or the address in docs/evaluation.md.
       resize: instead of the network's own (see `resize.py`).
       mesh: whose devices are used; None is the first device.
       allow: for I3D, kinds of weights that are otherwise refused ('rgb_imagenet', 'unknown'). For
@@ -175,6 +174,37 @@ def load(
             "that Python finds."
         ) from error
     return make(weights, resize=resize, mesh=mesh, allow=allow)
+
+
+def of_clips(net: FeatureNet, clips_BTHWC: np.ndarray) -> np.ndarray:
+    """Features of clips: float32 (B, K, dims), where K is 1, or T of a network of single frames."""
+    if net.max_frames != 1:
+        return net(clips_BTHWC)[:, None]
+    return net(single_frames(clips_BTHWC)).reshape(len(clips_BTHWC), -1, net.dims)
+
+
+def check_clips(net: FeatureNet, num_frames: int) -> None:
+    """Refuses a number of frames, before there are clips of it, that `of_clips` would refuse.
+
+    Raises:
+      UserError: too few frames, or too many.
+    """
+    if net.max_frames != 1 and not _fits(net, num_frames):
+        raise UserError(
+            f"{net.name} needs clips of {_takes(net)}, but protocol.num_frames is {num_frames}: "
+            "change it, or choose other features."
+        )
+
+
+def _fits(net: FeatureNet, frames: int) -> bool:
+    return net.min_frames <= frames and (net.max_frames is None or frames <= net.max_frames)
+
+
+def _takes(net: FeatureNet) -> str:
+    least, most = net.min_frames, net.max_frames
+    if least == most:
+        return f"{least} frame{'s' * (least > 1)}"
+    return f"at least {least} frames" if most is None else f"{least} to {most} frames"
 
 
 def single_frames(videos_BTHWC: np.ndarray) -> np.ndarray:

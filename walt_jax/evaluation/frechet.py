@@ -119,12 +119,24 @@ def inception_score(logits_ND: np.ndarray, *, splits: int = 10) -> tuple[float, 
             f"The inception score of {len(logits)} videos cannot be split into {splits} parts: "
             "give more videos or fewer splits."
         )
-    scores = []
-    for part in np.array_split(logits, splits):
-        log_p = part - part.max(1, keepdims=True)
-        log_p = log_p - np.log(np.exp(log_p).sum(1, keepdims=True))
-        p = np.exp(log_p)
-        # Where the mean is 0 so are all p, and the product is 0.
-        log_mean = np.log(np.maximum(p.mean(0), np.finfo(np.float64).tiny))
-        scores.append(np.exp((p * (log_p - log_mean)).sum(1).mean()))
+    scores = [
+        inception_score_of(len(part), *class_sums(part)) for part in np.array_split(logits, splits)
+    ]
     return float(np.mean(scores)), float(np.std(scores))
+
+
+def class_sums(logits_ND: np.ndarray) -> tuple[np.ndarray, float]:
+    """What an inception score needs of logits: sums of p (D,), and of p log p, in float64."""
+    logits = np.asarray(logits_ND, np.float64)
+    log_p = logits - logits.max(1, keepdims=True)
+    log_p -= np.log(np.exp(log_p).sum(1, keepdims=True))
+    p = np.exp(log_p)
+    return p.sum(0), float((p * log_p).sum())
+
+
+def inception_score_of(count: int, total: np.ndarray, inner: float) -> float:
+    """The inception score of `count` videos with the `class_sums` (total, inner)."""
+    mean = total / count
+    # Where the mean is 0 so are all p, and the product is 0.
+    log_mean = np.log(np.maximum(mean, np.finfo(np.float64).tiny))
+    return float(np.exp(inner / count - (mean * log_mean).sum()))

@@ -23,6 +23,14 @@ PyTree = Any
 
 SIZE = 224
 MIN_FRAMES = 10
+STAGES = (*i3d_weights.STEM, *i3d_weights.MIXED)  # in the order of the graph
+# Window and strides of the pooling behind a stage.
+_POOLS = {
+    "Conv3d_1a_7x7": ((1, 3, 3), (1, 2, 2)),
+    "Conv3d_2c_3x3": ((1, 3, 3), (1, 2, 2)),
+    "Mixed_3c": ((3, 3, 3), (2, 2, 2)),
+    "Mixed_4f": ((2, 2, 2), (2, 2, 2)),
+}
 
 
 def load_i3d(
@@ -131,21 +139,28 @@ def logits(params: PyTree, x_BTHWC: jax.Array) -> jax.Array:
 
 def pooled(params: PyTree, x_BTHWC: jax.Array) -> jax.Array:
     """What the logits are made of, averaged over time: float32 (B, 1024); see `logits`."""
-    with jax.default_matmul_precision("highest"):
-        x = _unit(x_BTHWC, params["Conv3d_1a_7x7"], 2)
-        x = _max_pool(x, (1, 3, 3), (1, 2, 2))
-        x = _unit(x, params["Conv3d_2b_1x1"])
-        x = _unit(x, params["Conv3d_2c_3x3"])
-        x = _max_pool(x, (1, 3, 3), (1, 2, 2))
-        for name in i3d_weights.MIXED:
-            if name == "Mixed_4b":
-                x = _max_pool(x, (3, 3, 3), (2, 2, 2))
-            if name == "Mixed_5b":
-                x = _max_pool(x, (2, 2, 2), (2, 2, 2))
-            x = _mixed(x, params[name])
+    x = x_BTHWC
+    for name in STAGES:
+        x = stage(name, params[name], x)
     # Averages over 2 frames and 7x7 pixels at every frame, then over the frames.
     frames = x.mean((2, 3))
     return ((frames[:, 1:] + frames[:, :-1]) / 2).mean(1)
+
+
+def stage(name: str, params: PyTree, x_BTHWC: jax.Array) -> jax.Array:
+    """One of `STAGES`: a convolution or an Inception module, and the pooling behind it.
+
+    Args:
+      name: which.
+      params: its own, from `assemble`.
+      x_BTHWC: float32, what the stage before gives.
+    """
+    with jax.default_matmul_precision("highest"):
+        if name in i3d_weights.MIXED:
+            x = _mixed(x_BTHWC, params)
+        else:
+            x = _unit(x_BTHWC, params, 2 if name == STAGES[0] else 1)
+    return _max_pool(x, *_POOLS[name]) if name in _POOLS else x
 
 
 def _mixed(x: jax.Array, params: PyTree) -> jax.Array:

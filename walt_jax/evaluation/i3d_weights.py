@@ -137,7 +137,8 @@ def read(source: str | None) -> Weights:
     """Reads and identifies I3D's weights.
 
     Args:
-      source: a path (gs:// too), or None for the published ones, which are downloaded once.
+      source: a path (gs:// too), a URL that ends in #sha256=..., or None for the published ones;
+        what is remote is downloaded once.
 
     Raises:
       UserError: missing, damaged, or no I3D of 400 classes.
@@ -145,8 +146,10 @@ def read(source: str | None) -> Weights:
     if source is None:
         path, data = read_file(PUBLISHED, PUBLISHED_BLOB)
         return _identified(_from_data_file(path, data), path, data)
+    if source.startswith(("http://", "https://")):
+        source = str(read_file(source)[0])
     path = epath.Path(source).expanduser()
-    if path.name.endswith((".tar.gz", ".tgz")):
+    if path.name.endswith((".gz", ".tgz")):
         return _from_archive(path)
     if path.suffix.lower() in (".pt", ".pth", ".safetensors", ".npz"):
         path, data = read_file(source)

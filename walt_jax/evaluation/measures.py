@@ -9,8 +9,13 @@ from walt_jax.data.sprite_readback import read_back
 from walt_jax.data.sprites import COLOURS, DIRECTIONS, SHAPES
 from walt_jax.errors import UserError
 from walt_jax.evaluation.clips import compared
-from walt_jax.evaluation.features import FeatureNet, score_name
-from walt_jax.evaluation.frechet import frechet_distance, inception_score, kernel_distance
+from walt_jax.evaluation.features import FeatureNet, of_clips, score_name
+from walt_jax.evaluation.frechet import (
+    class_sums,
+    frechet_distance,
+    inception_score_of,
+    kernel_distance,
+)
 from walt_jax.evaluation.moments import Moments
 from walt_jax.evaluation.protocols import Protocol
 from walt_jax.evaluation.scores import Record
@@ -61,9 +66,11 @@ def describe(net: FeatureNet) -> Record:
 class FeatureSums(Measure):
     """Moments of the features of clips that come as they are compared, a set for each fold.
 
+    Networks of single frames give those of every frame.
+
     Attributes:
       moments: of each fold.
-      rows: float32 (kept, D), features of the first videos themselves.
+      rows: float32 (kept, D), features of the first videos themselves, or of their middle frames.
     """
 
     def __init__(
@@ -76,12 +83,12 @@ class FeatureSums(Measure):
         self.record = {"features": describe(net)}
 
     def add(self, numbers: np.ndarray, videos: np.ndarray, real: np.ndarray | None = None) -> None:
-        features = self._net(videos)
+        features = of_clips(self._net, videos)
         folds = numbers // self._fold_size if len(self.moments) > 1 else np.zeros_like(numbers)
         for fold in np.unique(folds):
-            self.moments[fold].add(features[folds == fold])
+            self.moments[fold].add(np.concatenate(features[folds == fold]))
         first = numbers < len(self.rows)
-        self.rows[numbers[first]] = features[first]
+        self.rows[numbers[first]] = features[first, features.shape[1] // 2]
 
     def state(self) -> State:
         return {
@@ -219,13 +226,15 @@ class ReadBack(Measure):
 
 
 class Means(Measure):
-    """Means over videos of what functions say of each, or of each beside its original."""
+    """Means over videos of what functions say of each, alone or beside its original or its text."""
 
     def __init__(
         self,
         functions: Mapping[str, Callable[..., np.ndarray]],
         *,
         pairs: bool = False,
+        texts: Sequence[str] = (),
+        net: FeatureNet | None = None,
         folds: int = 1,
         fold_size: int = 0,
     ) -> None:
@@ -234,15 +243,22 @@ class Means(Measure):
         Args:
           functions: name of a score -> function of uint8 (B, T, H, W, 3) to (B,).
           pairs: whether they take the originals too.
+          texts: of the videos, in turn, which functions take then; in place of originals.
+          net: that they use, for the record.
           folds: sets of videos.
           fold_size: videos that make a fold, by their numbers.
         """
-        self._functions, self._pairs, self._fold_size = functions, pairs, fold_size
+        self._functions, self._pairs, self._texts = functions, pairs, texts
+        self._fold_size = fold_size
         self._sums, self._count = np.zeros((folds, len(functions))), np.zeros(folds)
         self.record = {"functions": sorted(functions)}
+        if net is not None:
+            self.record["features"] = describe(net)
 
     def add(self, numbers: np.ndarray, videos: np.ndarray, real: np.ndarray | None = None) -> None:
-        given = (videos, real) if self._pairs else (videos,)
+        given: tuple = (videos, real) if self._pairs else (videos,)
+        if self._texts:
+            given = (videos, [self._texts[n % len(self._texts)] for n in numbers])
         found = [np.asarray(f(*given), np.float64) for f in self._functions.values()]
         folds = numbers // self._fold_size if len(self._count) > 1 else np.zeros_like(numbers)
         np.add.at(self._sums, folds, np.stack(found, 1))
@@ -261,28 +277,39 @@ class Means(Measure):
 
 
 class InceptionScore(Measure):
-    """The inception score of each fold, by a network of class logits: `is`, or `is_fixture`."""
+    """The inception score of each fold, by a network of class logits: `is`, or `is_fixture`.
+
+    Networks of single frames judge every frame.
+    """
 
     def __init__(self, net: FeatureNet, protocol: Protocol) -> None:
-        self._net, self._protocol = net, protocol
-        self._logits = np.zeros((protocol.total_samples, net.dims), np.float32)
+        self._net, self._protocol, folds = net, protocol, protocol.folds
+        self._count, self._inner = np.zeros(folds), np.zeros(folds)
+        self._total = np.zeros((folds, net.dims))
         self.record = {"features": describe(net)}
 
     def add(self, numbers: np.ndarray, videos: np.ndarray, real: np.ndarray | None = None) -> None:
         p = self._protocol
         clips = [compared(video[: p.span : p.stride], p) for video in videos]
-        self._logits[numbers] = self._net(np.stack(clips))
+        for number, logits in zip(numbers, of_clips(self._net, np.stack(clips))):
+            fold = number // p.num_samples if p.folds > 1 else 0
+            total, inner = class_sums(logits)
+            self._total[fold] += total
+            self._inner[fold] += inner
+            self._count[fold] += len(logits)
 
     def state(self) -> State:
-        return {"logits": self._logits}
+        return {"count": self._count, "total": self._total, "inner": self._inner}
 
     def absorb(self, state: State) -> None:
-        self._logits = self._logits + state["logits"]  # zero where they were not counted
+        self._count = self._count + state["count"]
+        self._total = self._total + state["total"]
+        self._inner = self._inner + state["inner"]
 
     def results(self) -> dict[str, tuple[float, ...]]:
-        folds = np.split(self._logits, self._protocol.folds)
         name = "is" if self._net.trained else "is_fixture"
-        return {name: tuple(inception_score(logits, splits=1)[0] for logits in folds)}
+        folds = zip(self._count, self._total, self._inner)
+        return {name: tuple(inception_score_of(*sums) for sums in folds)}
 
 
 class Shown(Measure):

@@ -39,7 +39,7 @@ def read(file: File, source: str | None, allow: Collection[str]) -> Published:
 
     Args:
       file: what is expected.
-      source: its path, or None for the cache.
+      source: its path, or a URL that ends in #sha256=..., or None for the cache.
       allow: 'trained' vouches for a file whose hash is not known.
 
     Raises:

@@ -104,9 +104,10 @@ def load(path: epath.PathLike, protocol: Protocol, net: FeatureNet, *, kept: int
     record.pop("kept", None)
     advice = "give the videos to have them computed anew, or the protocol and features of the file"
     check_same(record_of(protocol, net), record, str(path), advice)
-    if protocol.num_real and protocol.num_real != moments.count:
+    clips = moments.count // (protocol.num_frames if net.max_frames == 1 else 1)
+    if protocol.num_real and protocol.num_real != clips:
         raise UserError(
-            f"{path} is of {moments.count} clips, but the protocol {protocol.name} is of "
+            f"{path} is of {clips} clips, but the protocol {protocol.name} is of "
             f"{protocol.num_real}: give the videos."
         )
     if len(rows) < kept:

@@ -16,7 +16,7 @@ from walt_jax.evaluation.scores import Score, read_scores
 from walt_jax.evaluation.scoring import FOLDER
 from walt_jax.gallery import Section, write_gallery
 
-_FIXTURE = "frechet_fixture: the feature network's weights are stand-ins; this is no FVD."
+_FIXTURE = "the network's weights are stand-ins; this is no FVD, nor another published score."
 _GRIDS = 6  # the newest of each run
 _HEADER = ("score", "value", "protocol", "run", "step", "covariance", "features", "code")
 
@@ -38,8 +38,9 @@ def write(workdirs: Sequence[str | Path], out: str | Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     table = rows(runs)
     (out / "scores.md").write_text(markdown(table))
-    fixtures = any(score.name.startswith("frechet_fixture") for s in runs.values() for score in s)
-    sections = [Section("Scores", _FIXTURE if fixtures else "", table=table)]
+    names = sorted({score.name for found in runs.values() for score in found})
+    fixtures = ", ".join(name for name in names if name.endswith("_fixture"))
+    sections = [Section("Scores", fixtures and f"{fixtures}: {_FIXTURE}", table=table)]
     if draw(runs, out / "curves.png"):
         sections.insert(0, Section("Over training", items=[("curves.png", "")]))
     for number, workdir in enumerate(runs):

@@ -42,7 +42,8 @@ class Scoring:
     Attributes:
       protocol: with what the run says filled in.
       real: the real clips; None where statistics were given.
-      label_names, labels, fps: of the samples.
+      label_names, labels, texts, fps: of the samples.
+      mesh: whose devices feature networks use.
       reconstructed: whether they are made from the real clips, by a tokenizer.
     """
 
@@ -84,7 +85,7 @@ class Scoring:
                 )
         self._folder = epath.Path(workdir) / FOLDER
         self._cache = epath.Path(cache) if cache else self._folder / "reference"
-        self._mesh = mesh or Mesh(np.array(jax.local_devices()), ("data",))
+        self.mesh = mesh or Mesh(np.array(jax.local_devices()), ("data",))
         self.fps = subject.fps
         self.protocol = fitted(self._sampling, subject, values)
         source = self._sampling.real or find_real(values)
@@ -101,10 +102,11 @@ class Scoring:
                 "--protocol.num_samples."
             )
         self._wishes = None
-        self.label_names, self.labels = (), None
+        self.label_names, self.labels, self.texts = (), None, ()
         if isinstance(subject, Generator):
             self._wishes = Wishes(subject, self.protocol, self.real, self._sampling)
-            self.label_names, self.labels = subject.label_names, self._wishes.labels
+            self.label_names = subject.label_names
+            self.labels, self.texts = self._wishes.labels, self._wishes.texts
 
     def due(self, step: int, last: bool) -> bool:
         """Whether training takes it after this step."""
@@ -121,16 +123,11 @@ class Scoring:
 
     def net(self, name: str, weights: str, resize: str, allow: tuple[str, ...]) -> FeatureNet:
         """A feature network, loaded once."""
-        return _load(name, weights or None, resize or None, self._mesh, allow)
+        return _load(name, weights or None, resize or None, self.mesh, allow)
 
     def reference(self, net: FeatureNet, kept: int) -> Statistics:
         """Of the real clips: from the file given, the cache, or computed."""
-        if self.protocol.num_frames < net.min_frames:
-            raise UserError(
-                f"{net.name} needs clips of at least {net.min_frames} frames, but "
-                f"protocol.num_frames is {self.protocol.num_frames}: raise it, or choose other "
-                "features."
-            )
+        features.check_clips(net, self.protocol.num_frames)
         if self.real is None:
             return reference.load(self._statistics, self.protocol, net, kept=kept)
         options = {"kept": kept, "progress": self._progress}

@@ -22,6 +22,7 @@ class Wishes:
 
     Attributes:
       labels: int (total,), the class of each sample; None for a model without.
+      texts: prompts of the samples, in turn; none for a model without.
       record: what of it belongs into a score's record.
     """
 
@@ -41,12 +42,12 @@ class Wishes:
                 "folder by `evaluate fvd`."
             )
         self._generator, self._protocol, self._real = generator, protocol, real
-        self._seed, self.labels, self._texts = sampling.seed, None, ()
+        self._seed, self.labels, self.texts = sampling.seed, None, ()
         self.record: Record = {}
         if classes := task.model.num_classes:
             self.labels = self._draw_labels(classes, total)
         if task.text is not None:
-            self._texts = prompts = self._prompts(sampling.prompts)
+            self.texts = prompts = self._prompts(sampling.prompts)
             task.text.tokenize(prompts)  # refuses a long one
             digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16]
             self.record["prompts"] = {"count": len(prompts), "sha256": digest}
@@ -70,14 +71,14 @@ class Wishes:
             given, mask = self._first_frames(numbers)
         return Wanted(
             label=None if self.labels is None else self.labels[numbers],
-            text=self._said(numbers) if self._texts else None,
+            text=self._said(numbers) if self.texts else None,
             given=given,
             given_mask=mask,
         )
 
     def _said(self, numbers: np.ndarray) -> Text:
         """A batch at a time: embeddings of all would be large."""
-        return self._generator.texts([self._texts[n % len(self._texts)] for n in numbers])
+        return self._generator.texts([self.texts[n % len(self.texts)] for n in numbers])
 
     def _draw_labels(self, classes: int, total: int) -> np.ndarray:
         if self._protocol.labels == "even":
