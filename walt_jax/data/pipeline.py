@@ -134,7 +134,8 @@ class _CutClip:
         config, times = self._config, record["timestamps"]
         rng, (num_frames, *size) = np.random.default_rng(row.seed), self._shapes[row.bucket]
         frames = clip_frames(times, num_frames, config.fps, rng.random())
-        video = buckets.fit_frames(decode_frames(record, frames), size)
+        stretch = config.buckets.stretch if config.buckets else 0.0
+        video = buckets.fit_frames(decode_frames(record, frames), size, stretch=stretch)
         return {
             "video": video,
             "label": np.int32(record["label"]),
