@@ -165,6 +165,7 @@ def test_batch_sizes_by_the_token_budget():
         ({"table": (Bucket(64, 5), Bucket(64, 5, 0.5))}, "once"),
         ({"table": (Bucket(64, 5),), "multiple": 128}, "raise it"),
         ({"table": (Bucket(64, 5),), "token_budget": -1}, "token_budget"),
+        ({"table": (Bucket(64, 5),), "stretch": -0.1}, "stretch"),
     ],
 )
 def test_mistakes_in_a_table_are_told(wrong, words):

@@ -85,8 +85,10 @@ def drawn(task, packing, rows, clips):
                 number = (corner[0] * 2**10 + corner[1]) * 2**10 + corner[2]
                 at = tuple(slice(c, c + b) for c, b in zip(corner, packing.block))
                 eps[at] = NORMAL(jax.random.fold_in(noise, int(number)), packing.block)
-            given = jax.random.fold_in(own, 4)[None]
-            yield clip, t, eps[None], draw_masks(task.given, given, x0.shape[:3])
+            given = np.zeros((1, *x0.shape[:3]), bool)
+            if task.model.given != "none" and len(x0) > 1:
+                given = draw_masks(task.given, jax.random.fold_in(own, 4)[None], x0.shape[:3])
+            yield clip, t, eps[None], given
 
 
 NORMAL = jax.jit(lambda key, block: jax.random.normal(key, (*block, 2)), static_argnums=1)
@@ -176,7 +178,7 @@ def test_loss_and_gradients_are_those_of_the_videos(name):
 
     videos = list(drawn(task, packing, rows, clips))
     if task.model.given != "none":
-        assert sum(bool(mask.any()) for *_, mask in videos) >= 2
+        assert any(mask.any() for *_, mask in videos)
     alone = functools.partial(by_hand, task, videos=videos)
     ours, theirs = (jax.jit(jax.value_and_grad(f))(params) for f in (packed, alone))
     assert float(ours[0]) == pytest.approx(float(theirs[0]), rel=1e-5)

@@ -150,6 +150,8 @@ def packed_losses(
         extents = packing.of_blocks(batch["extents"]).reshape(-1, 3)
         places = batch["places"].reshape(-1, 3)
         given = draw_block_masks(task.given, own, places, extents, blocks[2:5])
+        if model.grid[0] > 1:  # no image beside videos
+            given &= (extents[:, 0] > 1)[:, None, None, None]
         # Of a video that is given whole, as far as it is kept, nothing would be learned.
         left = packing.sum_of_videos((~given).sum((1, 2, 3)).reshape(blocks[:2]))
         given &= by_block(left > 0)[:, None, None, None]
