@@ -34,10 +34,20 @@ def test_tokens_are_words_and_a_bag_of_them_without_layers():
     params = network.init(jax.random.key(0))
     params["place_embedding"] = jnp.zeros_like(params["place_embedding"])
     tokens, mask = network.bind(params)(coded("red fox", "fox red", "red dog"))
+    assert tokens.shape == (3, 12, 8)
     words = [np.asarray(t)[np.asarray(m)] for t, m in zip(tokens, mask)]
     np.testing.assert_allclose(words[0], words[1][::-1], atol=1e-6)
     np.testing.assert_allclose(words[0][0], words[2][0], atol=1e-6)
     assert np.abs(words[0][1] - words[2][1]).max() > 0.1
+
+
+def test_the_most_words_that_fit_are_all_tokens():
+    network = Network.of(lambda rngs: ByteEncoder(CONFIG, rngs=rngs))
+    params = network.init(jax.random.key(0))
+    _, mask = network.bind(params)(coded("a b c d e f g h i j k l m", "", "word"))
+    assert mask.sum(1).tolist() == [12, 0, 1]
+    _, mask = network.bind(params)(coded("a b c d e f g h i j k l m")[:, :23])
+    assert mask.sum(1).tolist() == [12]
 
 
 @pytest.mark.parametrize(

@@ -99,8 +99,8 @@ class ByteEncoder(nnx.Module):
           text: uint8 (B, M), bytes; 0 is padding.
 
         Returns:
-          Tokens (B, M, width), and bool (B, M), False where a token is padding, or no word's end
-          where there is a table of words.
+          Tokens (B, M, width), and bool (B, M), False where a token is padding. With a table of
+          words the tokens are the words alone, ceil(M / 2) of them: there are no more.
 
         Raises:
           UserError: more bytes than `max_bytes`.
@@ -113,7 +113,6 @@ class ByteEncoder(nnx.Module):
             )
         mask = text != 0
         x = self.byte_embedding[...][text.astype(jnp.int32)] + self.place_embedding[...][:length]
-        ends = mask
         if self.word_embedding is not None:
             hashes, ends = word_hashes(text)
             words = self.word_embedding[...][hashes % self.config.words]
@@ -121,7 +120,12 @@ class ByteEncoder(nnx.Module):
         x = x.astype(self.config.dtype)[:, None, None]  # a sequence as a grid of one row
         for layer in self.layers:
             x = layer(x, mask[:, None, None])
-        return self.norm(x)[:, 0, 0], ends
+        x = self.norm(x)[:, 0, 0]
+        if self.word_embedding is None:
+            return x, mask
+        words_first = jnp.argsort(~ends, axis=1)[:, : -(-length // 2)]  # a stable sort
+        x = jnp.take_along_axis(x, words_first[..., None], axis=1)
+        return x, jnp.take_along_axis(ends, words_first, axis=1)
 
 
 def word_hashes(text: jax.Array) -> tuple[jax.Array, jax.Array]:
