@@ -6,10 +6,11 @@ Five schemes on the sizes of the videos in `--data` (repeated to `--videos` of t
 matter), and on a published mixture: resolutions and lengths as Open-Sora 1.2's stage 1 gives them
 to long videos of high resolution by its table of buckets
 (https://github.com/hpcaitech/Open-Sora/issues/464), lengths uniform up to the next one, and aspects
-uniform in their logarithm from 9:16 to 16:9.
+uniform in their logarithm from 9:16 to 16:9. Packing once more where videos may be stretched.
 
 Padding is the share of all tokens that hold nothing, or a clip that the epoch has had. Crop is the
-share of the frames' pixels cut off; scaling down is no loss. Waiting is the share of the videos'
+share of the frames' pixels cut off. Scaled is the share of the pixels, of at most the resolution,
+that scaling down takes of the rest; it is no loss of tokens. Waiting is the share of the videos'
 frames that no clip of one epoch holds: their turn is in another, for clips begin anywhere. No image
 is read: all follows from the index, by the very plans of training.
 """
@@ -40,6 +41,7 @@ from walt_jax.errors import UserError
 
 PATCH = (1, 2, 2)
 WINDOW = (5, 8, 8)
+TOKENS_STRETCH, WINDOWS_STRETCH = 0.04, 0.07  # 16:9 becomes 5:3, which is whole windows
 ASPECTS = (9 / 16, 2 / 3, 3 / 4, 1.0, 4 / 3, 3 / 2, 16 / 9)
 # Open-Sora 1.2, stage 1: (pixels of a frame, {frames: (keep of resolution, keep of length)}).
 _LENGTHS = {51: 1.0, 102: 0.33, 204: 0.1, 408: 0.1}
@@ -55,10 +57,11 @@ class Videos(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """Shares: of the tokens that are padding, of the pixels cut off, of the frames that wait."""
+    """Shares: padding of the tokens, pixels cut off and scaled away, frames that wait."""
 
     padding: float
     crop: float
+    scaled: float
     waiting: float
     shapes: int
 
@@ -85,7 +88,9 @@ def main() -> None:
     for name, videos in (("real clips", clips), ("Open-Sora's mixture", mixture(args.videos))):
         print(f"\n{name}: {len(videos.frames)} videos, at most {args.resolution}^2 pixels and "
               f"{args.frames} frames")  # fmt: skip
-        print(f"{'':<24}{'padding':>9}{'crop':>8}{'both':>8}{'waiting':>9}{'shapes':>8}")
+        print(
+            f"{'':<24}{'padding':>9}{'crop':>8}{'both':>8}{'scaled':>9}{'waiting':>9}{'shapes':>8}"
+        )
         record[name] = {}
         for scheme, of in SCHEMES.items():
             losses = of(videos, args)
@@ -93,7 +98,7 @@ def main() -> None:
             both = losses.padding + losses.crop
             print(
                 f"{scheme:<24}{losses.padding:>9.2%}{losses.crop:>8.2%}{both:>8.2%}"
-                f"{losses.waiting:>9.1%}{losses.shapes:>8}"
+                f"{losses.scaled:>9.1%}{losses.waiting:>9.1%}{losses.shapes:>8}"
             )
     if args.json:
         args.json.write_text(json.dumps(record, indent=1) + "\n")
@@ -130,12 +135,30 @@ def pad_to_max(videos: Videos, args: argparse.Namespace) -> Losses:
     scale = np.minimum(1.0, args.resolution / np.sqrt(videos.heights * videos.widths))
     sides = [np.maximum(16, np.rint(x * scale / 16) * 16) for x in (videos.heights, videos.widths)]
     steps = 1 + (np.minimum(videos.frames, args.frames) - 1) // 4
-    crops = crop_loss(videos.heights, videos.widths, sides)
+    losses = lost(videos, np.stack(sides, axis=1), args.resolution)
     grid = [steps, *(x // 16 for x in sides)]
     filled = np.prod(grid, axis=0)
     whole = len(steps) * np.prod([x.max() for x in grid])
     waiting = 1 - (1 + 4 * (steps - 1)).sum() / videos.frames.sum()
-    return Losses(1 - filled.sum() / whole, np.average(crops, weights=filled), waiting, 1)
+    return Losses(1 - filled.sum() / whole, *averages(losses, filled), waiting, 1)
+
+
+def lost(
+    videos: Videos, sizes: np.ndarray, resolution: int, stretch: float = 0.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of videos brought to sizes (N, 2) the shares of pixels cut off, and of the rest scaled away.
+
+    Scaling to the resolution is not counted, nor is enlarging.
+    """
+    crops = crop_loss(videos.heights, videos.widths, sizes.T, stretch)
+    pixels = np.minimum(videos.heights * videos.widths, resolution**2)
+    return crops, np.maximum(0, 1 - sizes.prod(axis=1) / (pixels * (1 - crops)))
+
+
+def averages(losses: tuple[np.ndarray, np.ndarray], tokens: np.ndarray) -> tuple[float, float]:
+    """Means over the tokens."""
+    crops, scaled = (float(np.average(x, weights=tokens)) for x in losses)
+    return crops, scaled
 
 
 def one_bucket(videos: Videos, args: argparse.Namespace) -> Losses:
@@ -170,16 +193,18 @@ def by_buckets(videos: Videos, table: BucketsConfig, args: argparse.Namespace) -
     whole = sum(tokens[bucket] * len(records) for bucket, records in computed)
     taken = assigned.taken
     bucket, shapes = assigned.buckets[taken], np.array(assigned.shapes)[assigned.buckets[taken]]
-    crops = crop_loss(videos.heights[taken], videos.widths[taken], (shapes[:, 1], shapes[:, 2]))
+    there = Videos(*(x[taken] for x in videos))
     return Losses(
         1 - tokens[bucket].sum() / whole,
-        float(np.average(crops, weights=tokens[bucket])),
+        *averages(lost(there, shapes[:, 1:], args.resolution), tokens[bucket]),
         1 - shapes[:, 0].sum() / videos.frames[taken].sum(),
         len(assigned.used),
     )
 
 
-def packed_by(block: tuple[int, int, int], blocks: int, most: int) -> Callable[..., Losses]:
+def packed_by(
+    block: tuple[int, int, int], blocks: int, most: int, stretch: float = 0.0
+) -> Callable[..., Losses]:
     """Rows of so many blocks with that many videos at most, sizes of any aspect."""
 
     def scheme(videos: Videos, args: argparse.Namespace) -> Losses:
@@ -194,7 +219,7 @@ def packed_by(block: tuple[int, int, int], blocks: int, most: int) -> Callable[.
         for resolution in np.unique(resolutions[resolutions >= multiple]):
             own = resolutions == resolution
             offered = dataclasses.replace(table, table=(Bucket(resolution, 1),)).sizes(resolution)
-            nearest = assign(videos.heights[own], videos.widths[own], offered)
+            nearest = assign(videos.heights[own], videos.widths[own], offered, stretch)
             sizes[own] = np.array(offered)[nearest]
         taken = (steps > 0) & (sizes[:, 0] > 0)
         shapes = np.stack([steps, *(sizes // 8).T], axis=1)[taken]
@@ -202,14 +227,13 @@ def packed_by(block: tuple[int, int, int], blocks: int, most: int) -> Callable[.
         counts = packing.count(shapes)
         fits = assign_fixed((counts <= blocks) - 1, [block], [1]).taken
         plan = PackPlan(counts[fits], packing, 1, 0, records=np.flatnonzero(fits))
-        crops = crop_loss(
-            videos.heights[taken][fits], videos.widths[taken][fits], sizes[taken][fits].T
-        )
+        there = Videos(*(x[taken][fits] for x in videos))
+        losses = lost(there, sizes[taken][fits], args.resolution, stretch)
         frames = 1 + 4 * (shapes[fits, 0] - 1)
         return Losses(
             1 - counts[fits].sum() / (len(plan.epoch(0)) * blocks),
-            float(np.average(crops, weights=counts[fits])),
-            1 - frames.sum() / videos.frames[taken][fits].sum(),
+            *averages(losses, counts[fits]),
+            1 - frames.sum() / there.frames.sum(),
             1,
         )
 
@@ -221,7 +245,9 @@ SCHEMES = {
     "one bucket": one_bucket,
     "Open-Sora's buckets": open_sora,
     "packed tokens": packed_by(PATCH, 16_384, 64),
+    f"the same, {TOKENS_STRETCH:.0%} stretch": packed_by(PATCH, 16_384, 64, TOKENS_STRETCH),
     "packed windows": packed_by(WINDOW, 256, 64),
+    f"the same, {WINDOWS_STRETCH:.0%} stretch": packed_by(WINDOW, 256, 64, WINDOWS_STRETCH),
 }
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python -m walt_jax.encode --workdir out/tokenizer --output out/latents \
         --config.data.path=out/records --config.data.buckets.multiple=64 \
-        --config.data.buckets.aspects="()" \
+        --config.data.buckets.aspects="()" --config.data.buckets.stretch=0.07 \
         --config.data.buckets.table="({'resolution': 256, 'num_frames': 17, 'keep': 0.5}, \
             {'resolution': 128, 'num_frames': 17})"
     python -m walt_jax.train --config configs/walt_any_size.py --workdir out/walt_any_size \
@@ -13,9 +13,9 @@ Latents are cut into blocks of (5, 8, 8), W.A.L.T's spatiotemporal window (2312.
 and a row of a batch is 32 blocks of any videos: W.A.L.T-L's 8 clips of 128 pixels, or 2 of 256. The
 spatiotemporal layers are as ever, spatial ones see their own video by segment ids. Positions are
 fractions of the axes (NaViT, 2307.06304), so that samples may have other sizes. `tokens` packs
-patches instead: full attention as in Sora, sizes cut to 16 pixels (multiple=16), images too, and in
-the beginning a fifth of the tokens dropped. `buckets` trains on batches of one shape: its table is
-that of `encode` (`python -m walt_jax.data.buckets` suggests one).
+patches instead: full attention as in Sora, sizes cut to 16 pixels (multiple=16, stretch=0.04),
+images too, and in the beginning a fifth of the tokens dropped. `buckets` trains on batches of one
+shape: its table is that of `encode` (`python -m walt_jax.data.buckets` suggests one).
 
 Hardware: a TPU v5e-32, `--config.mesh.fsdp=32`; neither run nor measured by us at this size.
 Expect no number: none is published. docs/data.md has what packing pads and cuts off.
@@ -63,6 +63,7 @@ _TABLE = {
     ),
     "aspects": (),
     "multiple": 64,
+    "stretch": 0.07,
 }
 _DEBUG = {
     "task": {

@@ -38,6 +38,15 @@ def test_packed_windows_by_hand():
     assert losses.crop == 0 and losses.waiting == pytest.approx(1 - 17 / 25)
 
 
+def test_a_stretch_keeps_what_windows_would_cut_off():
+    """240 x 426 pixels are 3 x 5 windows: by a cut of 6.1 %, or a stretch of as much."""
+    wide = videos(*[(17, 240, 426)] * 64)
+    plain, stretched = (padding.packed_by((5, 8, 8), 256, 64, s)(wide, ARGS) for s in (0, 0.07))
+    assert plain.crop == pytest.approx(1 - (5 / 3) / (426 / 240)) and stretched.crop == 0
+    assert plain.scaled == pytest.approx(1 - 192 * 320 / (256**2 * (1 - plain.crop)))
+    assert stretched.scaled == pytest.approx(1 - 192 * 320 / 256**2)
+
+
 def test_packing_keeps_its_promise_on_the_mixture(tmp_path, monkeypatch, capsys, sprite_records):
     file = tmp_path / "padding.json"
     arguments = ["--data", str(sprite_records), "--videos", "3000", "--json", str(file)]
@@ -54,6 +63,8 @@ def test_packing_keeps_its_promise_on_the_mixture(tmp_path, monkeypatch, capsys,
     assert packed["padding"] <= 0.02 and packed["padding"] + packed["crop"] <= 0.04
     assert found["pad to the largest"]["padding"] > 0.5
     assert found["packed windows"]["padding"] <= 0.02
+    stretched = found["the same, 7% stretch"]
+    assert stretched["padding"] + stretched["crop"] <= 0.04
     with pytest.raises(UserError, match="must be positive"):
         monkeypatch.setattr("sys.argv", ["padding", *arguments, "--frames", "0"])
         padding.main()

@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--text_tokens", type=int, help="longest caption (default 128, CLIP's 77)")
     parser.add_argument("--epochs", type=int, default=1, help="clips of each video (default 1)")
     parser.add_argument("--batch_size", type=int, default=8, help="clips at a time (default 8)")
-    parser.add_argument("--seed", type=int, default=0, help="of the clips' start times")
+    parser.add_argument("--seed", type=int, default=0, help="of the clips' start times and buckets")
     parser.add_argument(
         "--batches_per_shard", type=int, default=32, help="batches of a file (default 32)"
     )

@@ -9,7 +9,14 @@ from test_pipeline import assert_equal, make, video_record, write_videos
 
 from walt_jax import cli
 from walt_jax.data import dry_run
-from walt_jax.data.buckets import Bucket, BucketsConfig, assign_by_table, crop_loss, fit_frames
+from walt_jax.data.buckets import (
+    Bucket,
+    BucketsConfig,
+    assign,
+    assign_by_table,
+    crop_loss,
+    fit_frames,
+)
 from walt_jax.data.plan import BatchPlan
 from walt_jax.errors import UserError
 from walt_jax.models import DenoiserConfig
@@ -117,6 +124,30 @@ def test_crop_loss_is_what_fit_frames_cuts_off():
     assert fit_frames(frames, (20, 20)).max() <= 130 and frames.mean() > 120
 
 
+def test_what_a_stretch_reaches_is_not_cut_off():
+    """16:9 as 5:3, stretched by 6.7 %: a circle becomes an ellipse, and all four corners stay."""
+    frames = np.zeros((1, 90, 160, 3), np.uint8)
+    frames[:, [0, 0, -1, -1], [0, -1, 0, -1]] = 255
+    fitted = fit_frames(frames, (192, 320), stretch=0.07)
+    assert fitted.shape == (1, 192, 320, 3)
+    assert fitted[0, [0, 0, -1, -1], [0, -1, 0, -1]].min() > 200
+    assert crop_loss(np.array([90]), np.array([160]), (192, 320), 0.07) == 0
+    # What it does not reach is stretched by as much, and then cut.
+    square = np.repeat(np.arange(100, dtype=np.uint8)[None, None, :, None], 100, 1).repeat(3, 3)
+    fitted = fit_frames(square, (50, 25), stretch=0.25)
+    assert crop_loss(np.ones(1), np.ones(1), (50, 25), 0.25)[0] == pytest.approx(0.375)
+    assert int(fitted[0, 0, -1, 0]) - int(fitted[0, 0, 0, 0]) == pytest.approx(62.5, abs=3)
+    # Of the sizes that it reaches the largest.
+    assert assign(np.array([3]), np.array([4]), [(14, 18), (12, 16)], 0.04).tolist() == [0]
+    assert assign(np.array([3]), np.array([4]), [(14, 18), (12, 16)]).tolist() == [1]
+
+
+def test_a_square_of_nearly_four_windows_a_side_is_nine():
+    sizes = BucketsConfig((Bucket(240, 1),), (), 64).sizes(240)
+    assert (192, 192) in sizes and (192, 256) in sizes and (128, 128) not in sizes
+    assert max(h * w for h, w in sizes) <= 240**2
+
+
 def test_batch_sizes_by_the_token_budget():
     config = BucketsConfig((Bucket(64, 17), Bucket(64, 1), Bucket(32, 1, 1.0, 3)), (1.0,), 8)
     assert [config.batch_size(b, (64, 64), 5) for b in config.table] == [5, 5, 3]
@@ -134,6 +165,7 @@ def test_batch_sizes_by_the_token_budget():
         ({"table": (Bucket(64, 5), Bucket(64, 5, 0.5))}, "once"),
         ({"table": (Bucket(64, 5),), "multiple": 128}, "raise it"),
         ({"table": (Bucket(64, 5),), "token_budget": -1}, "token_budget"),
+        ({"table": (Bucket(64, 5),), "stretch": -0.1}, "stretch"),
     ],
 )
 def test_mistakes_in_a_table_are_told(wrong, words):

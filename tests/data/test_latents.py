@@ -90,14 +90,19 @@ def test_buckets_make_latents_of_their_shapes_and_packing_reads_them(encode, dat
         (Bucket(24, 9, 0.5, 4), Bucket(24, 5, 1.0, 3)), (1.0, 1.5), 8, strides=(2, 4, 4)
     )
     data = dataclasses.replace(data, buckets=table, eval_fraction=0.0)
-    latents = encode(tmp_path / "latents", data=data, epochs=1)
-    assert len(latents) == 24
+    latents = encode(tmp_path / "latents", data=data, epochs=2)
+    assert len(latents) == 48
     shapes = {tuple(latents.index[n][i] for n in ("num_frames", "height", "width"))
-              for i in range(24)}  # fmt: skip
+              for i in range(48)}  # fmt: skip
     assert {t for t, _, _ in shapes} == {5, 3} and {(h, w) for _, h, w in shapes} <= {
         (n // 4, m // 4) for n, m in table.sizes(24)
     }
-    assert sorted(latents.index["source"]) == sorted(open_dataset(data.path).index["source"])
+    sources = sorted(open_dataset(data.path).index["source"])
+    assert sorted(latents.index["source"]) == sorted(2 * sources)
+    # A clip of each video in each epoch, its length drawn anew.
+    lengths = [latents.index["num_frames"][latents.index["source"] == name] for name in sources]
+    assert all(len(own) == 2 for own in lengths)
+    assert {tuple(sorted(own.tolist())) for own in lengths} == {(3, 3), (3, 5), (5, 5)}
     again = dataclasses.replace(data, path=str(latents.directory))
     cached = Pipeline(latents, again, batch_size=9, seed=0)
     sizes = {s["latents"].shape[1:4]: s["latents"].shape[0] for s in cached.shapes()}

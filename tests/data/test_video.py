@@ -364,6 +364,8 @@ def broken_files(folder):
     moved.unlink()
     whole.unlink()
     (folder / "index_first.mp4").write_bytes(data[: len(data) * 2 // 3])
+    cut = write(folder / "cut.mkv", [quadrants()] * 8)
+    cut.write_bytes(cut.read_bytes()[:-200])
     (folder / "zero.mp4").write_bytes(b"")
     (folder / "text.mp4").write_text("this is not a video\n" * 100)
     with av.open(str(folder / "sound.mp4"), "w") as container:
@@ -375,6 +377,7 @@ def broken_files(folder):
     return {
         "no_index.mp4": "cannot be decoded",
         "index_first.mp4": "truncated",
+        "cut.mkv": "truncated",
         "zero.mp4": "empty",
         "text.mp4": "cannot be decoded",
         "sound.mp4": "no video stream",

@@ -248,7 +248,7 @@ def test_window_ids_are_of_the_videos_windows():
         ({"conditioning": "cross_attention"}, "conditioning='cross_attention'"),
         ({"causal": True}, "causal"),
         ({"output_conv": True}, "output_conv"),
-        ({"given": "channels"}, "given='channels'"),
+        ({"given": "adaln"}, "given='adaln'"),
         ({"windows": ((2, 8, 8),)}, "relative_bias"),
     ],
 )

@@ -17,6 +17,7 @@ from walt_jax.models.text import to_bytes
 from walt_jax.parallel import Layout, MeshConfig, make_mesh
 from walt_jax.parallel.sharding import batch_sharding
 from walt_jax.tasks import DenoiserTask, sample_keys
+from walt_jax.tasks.given import GivenConfig, draw_block_masks, draw_masks
 
 WINDOWS = DenoiserConfig(
     grid=(2, 8, 8),
@@ -41,10 +42,11 @@ TOKENS = dataclasses.replace(
 )
 SHAPES = [(2, 4, 4), (4, 4, 8), (2, 4, 4)]
 ROWS = [(0, 1), (2,)]  # videos of each row
+WITH_IMAGE = [(2, 4, 4), (4, 4, 8), (1, 4, 6)]
 STEP = np.zeros((), np.int32)
 
 
-def packed_batch(packing, drop=1.0):
+def packed_batch(packing, drop=1.0, shapes=SHAPES):
     """The videos, and the batch of the rows that hold them."""
     rng = np.random.default_rng(0)
     clips = [
@@ -55,9 +57,9 @@ def packed_batch(packing, drop=1.0):
             "text_embeddings": rng.standard_normal((5, 8)).astype(np.float16),
             "text_length": np.int32(i + 2),
         }
-        for i, shape in enumerate(SHAPES)
+        for i, shape in enumerate(shapes)
     ]
-    counts = packing.count(np.array(SHAPES))
+    counts = packing.count(np.array(shapes))
     rows = [tuple(Packed(i, max(1, round(drop * counts[i])), 0) for i in row) for row in ROWS]
     filled = [fill_row(row, lambda i: dict(clips[i]), packing, seed=0) for row in rows]
     batch = {name: np.stack([row[name] for row in filled]) for name in filled[0]}
@@ -71,7 +73,7 @@ def read(task, batch):
 
 
 def drawn(task, packing, rows, clips):
-    """The clip, the time and the noise of each video, drawn as the task is to draw them."""
+    """Clip, time, noise and what is given of each video, drawn as the task is to draw them."""
     for key, row in zip(sample_keys(jax.random.key(3), len(rows)), rows):
         for video, own in zip(row, sample_keys(key, packing.videos)):
             clip = clips[video.record]
@@ -83,7 +85,10 @@ def drawn(task, packing, rows, clips):
                 number = (corner[0] * 2**10 + corner[1]) * 2**10 + corner[2]
                 at = tuple(slice(c, c + b) for c, b in zip(corner, packing.block))
                 eps[at] = NORMAL(jax.random.fold_in(noise, int(number)), packing.block)
-            yield clip, t, eps[None]
+            given = np.zeros((1, *x0.shape[:3]), bool)
+            if task.model.given != "none" and len(x0) > 1:
+                given = draw_masks(task.given, jax.random.fold_in(own, 4)[None], x0.shape[:3])
+            yield clip, t, eps[None], given
 
 
 NORMAL = jax.jit(lambda key, block: jax.random.normal(key, (*block, 2)), static_argnums=1)
@@ -92,10 +97,12 @@ NORMAL = jax.jit(lambda key, block: jax.random.normal(key, (*block, 2)), static_
 def by_hand(task, params, videos):
     """The mean over the videos of the loss of each alone."""
     total = 0.0
-    for clip, t, eps in videos:
+    for clip, t, eps, mask in videos:
         x0 = clip["latents"][None]
         x_t = task.diffusion.add_noise(x0, eps, t)
         told = Conditions(label=clip["label"][None])
+        if task.model.given != "none":
+            told = dataclasses.replace(told, given=x0, given_mask=mask)
         if task.text is not None:
             if task.text.trained:
                 text, mask = task.text_network.bind(params["text"])(clip["text"][None])
@@ -106,10 +113,11 @@ def by_hand(task, params, videos):
         denoiser = {k: v for k, v in params.items() if k != "text"}
         if task.model.self_conditioning:
             fixed, said = jax.lax.stop_gradient((denoiser, told))
-            guess = task.network.bind(fixed)(x_t, t, said)
-            told = dataclasses.replace(told, estimate=task.diffusion.read(guess, x_t, t).x0)
+            estimate = task.diffusion.read(task.network.bind(fixed)(x_t, t, said), x_t, t).x0
+            estimate = jax.numpy.where(mask[..., None], x0, estimate)
+            told = dataclasses.replace(told, estimate=estimate)
         out = task.network.bind(denoiser)(x_t, t, told)
-        total = total + task.diffusion.losses(out, x0, eps, t)[0]
+        total = total + task.diffusion.losses(out, x0, eps, t, ~mask[..., None])[0]
     return total / len(videos)
 
 
@@ -146,25 +154,66 @@ TASKS = {
 }
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("tokens", "text", "embeddings")]
+MASKS = GivenConfig(first=0.2, last=0.2, random=0.3, region=0.3, first_frames=(1,))
+for given, model in (("channels", WINDOWS), ("in_place", TOKENS)):
+    name = f"{'windows' if model is WINDOWS else 'tokens'}, given {given}"
+    model = dataclasses.replace(model, given=given)
+    _, *sizes = TASKS["windows" if model.relative_bias else "tokens"]
+    TASKS[name] = (DenoiserTask(model=model, given=MASKS, **PLAIN), *sizes)
+SLOW = ("windows", "tokens", "text", "embeddings", "tokens, given in_place")
 
 
-@pytest.mark.parametrize("name", ["windows", *SLOW])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in TASKS]
+)
 def test_loss_and_gradients_are_those_of_the_videos(name):
     task, block, blocks = TASKS[name]
     packing = PackingConfig(block, blocks, 3)
-    clips, rows, batch = packed_batch(packing)
+    # A row of tokens holds an image, too.
+    clips, rows, batch = packed_batch(packing, shapes=WITH_IMAGE if block[0] == 1 else SHAPES)
     params, key = random_params(task), jax.random.key(3)
 
     def packed(params):
         return task.loss(params, {}, None, read(task, batch), key, STEP, Layout())[0]
 
     videos = list(drawn(task, packing, rows, clips))
+    if task.model.given != "none":
+        assert any(mask.any() for *_, mask in videos)
     alone = functools.partial(by_hand, task, videos=videos)
     ours, theirs = (jax.jit(jax.value_and_grad(f))(params) for f in (packed, alone))
     assert float(ours[0]) == pytest.approx(float(theirs[0]), rel=1e-5)
     same(ours[1], theirs[1])
     assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(ours[1]))
+
+
+def test_what_is_given_does_not_depend_on_the_row():
+    """Blocks of a clip, wherever they lie, are given what the clip is given."""
+    keys, grid, block = jax.random.split(jax.random.key(5), 64), (4, 4, 8), (2, 4, 4)
+    corners, sizes = (np.array([n] * 64, np.int32) for n in ((2, 0, 4), grid))
+    both = jax.jit(
+        lambda *of: (draw_masks(MASKS, of[0], grid), draw_block_masks(MASKS, *of, block))
+    )
+    clips, found = map(np.asarray, both(keys, corners, sizes))
+    differ = (found != clips[:, 2:, :, 4:]).any((1, 2, 3))
+    assert differ.sum() < 8 and not clips[differ].any()  # all frames came up heads
+    assert len({m.tobytes() for m in found}) > 5
+
+
+@pytest.mark.slow
+def test_of_a_video_given_whole_nothing_is():
+    """Both frames of the smaller clips would be given: they count as if nothing were."""
+    task, block, blocks = TASKS["windows, given channels"]
+    task = dataclasses.replace(task, given=GivenConfig(first=1.0, first_frames=(2,)))
+    nothing = dataclasses.replace(task, given=GivenConfig(random=1e-9))
+    _, _, batch = packed_batch(PackingConfig(block, blocks, 3))
+    params, key = random_params(task), jax.random.key(3)
+    loss = jax.jit(
+        lambda task: task.evaluate(params, {}, None, batch, key, Layout())["loss"], static_argnums=0
+    )
+    ours, plain = (np.asarray(loss(t)) for t in (task, nothing))
+    assert (ours[plain > 0] > 0).all()
+    np.testing.assert_allclose(ours[[0, 1], [0, 0]], plain[[0, 1], [0, 0]], rtol=1e-6)
+    assert abs(ours[0, 1] / plain[0, 1] - 1) > 1e-3
 
 
 def test_the_loss_is_of_the_tokens_that_are_kept():

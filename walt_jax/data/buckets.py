@@ -63,6 +63,9 @@ class BucketsConfig:
       aspects: width / height of the sizes of a resolution; empty takes any that `multiple` allows,
         which cuts off least and makes the most shapes.
       multiple: heights and widths are multiples of it, in pixels.
+      stretch: by how much a video may be stretched in one direction to meet its size before what is
+        left over is cut off: 0.07 is 7 %. Of sizes that it reaches the first, where any aspect
+        goes the largest, is taken.
       strides: frames, rows and columns of pixels of a latent; the first frame is one by itself.
       patch: latents of a token.
       token_budget: tokens a step of the buckets without a batch_size; 0 gives these
@@ -73,6 +76,7 @@ class BucketsConfig:
     table: tuple[Bucket, ...]
     aspects: tuple[float, ...] = (9 / 16, 3 / 4, 1.0, 4 / 3, 16 / 9)
     multiple: int = 16
+    stretch: float = 0.0
     strides: tuple[int, int, int] = (4, 8, 8)
     patch: tuple[int, int, int] = (1, 1, 1)
     token_budget: int = 0
@@ -80,10 +84,10 @@ class BucketsConfig:
 
     def __post_init__(self) -> None:
         positive = (self.multiple, *self.strides, *self.patch, self.batch_multiple, *self.aspects)
-        if min(positive) <= 0 or self.token_budget < 0:
+        if min(positive) <= 0 or min(self.token_budget, self.stretch) < 0:
             raise UserError(
-                "In config.data.buckets all numbers are positive but token_budget, which may be 0: "
-                f"got {self}."
+                "In config.data.buckets all numbers are positive but token_budget and stretch, "
+                f"which may be 0: got {self}."
             )
         cells = [(b.resolution, b.num_frames) for b in self.table]
         if not cells or len(set(cells)) < len(cells):
@@ -108,12 +112,18 @@ class BucketsConfig:
         """
         step, area = self.multiple, resolution**2
         sides = range(step, area // step + 1, step)
+        # Of any aspect those that are too small by half a multiple, too: a square of 3.75 windows a
+        # side is 3 x 3 of them, not 3 x 4.
+        slack = 0 if self.aspects else step / 2
         offered = [
             (h, w)
             for h, w in itertools.product(sides, sides)
             if h * w <= area
             and 1 / _WIDEST <= w / h <= _WIDEST
-            and (h * w >= _SMALLEST * area or (h + step) * w > area < h * (w + step))
+            and (
+                (h + slack) * (w + slack) >= _SMALLEST * area
+                or (h + step) * w > area < h * (w + step)
+            )
         ]
         if not offered:
             raise UserError(
@@ -187,11 +197,17 @@ class Assignment:
         return self.chances.any(axis=1)
 
 
-def assign(heights: np.ndarray, widths: np.ndarray, sizes: Sequence[Size]) -> np.ndarray:
-    """The index in `sizes` whose aspect is nearest (in log) to each record's; int64 (N,)."""
+def assign(
+    heights: np.ndarray, widths: np.ndarray, sizes: Sequence[Size], stretch: float = 0.0
+) -> np.ndarray:
+    """The index in `sizes` whose aspect is nearest (in log) to each record's; int64 (N,).
+
+    All that a stretch reaches are as near; of equally near ones it is the first.
+    """
     aspect = np.log(np.asarray(widths) / np.asarray(heights))
     offered = np.log([w / h for h, w in sizes])
-    return np.abs(aspect[:, None] - offered[None]).argmin(axis=1)
+    apart = np.abs(aspect[:, None] - offered[None])
+    return np.maximum(apart - np.log1p(stretch), 0.0).argmin(axis=1)
 
 
 def assign_fixed(
@@ -237,7 +253,10 @@ def assign_by_table(
         images if b.num_frames == 1 else ~images & (num_frames >= b.num_frames) for b in table
     ]
     fits = np.stack([n & (pixels >= b.resolution**2) for b, n in zip(table, long_enough)], axis=1)
-    aspects = {r: assign(heights, widths, config.sizes(r)) for r in {b.resolution for b in table}}
+    aspects = {
+        r: assign(heights, widths, config.sizes(r), config.stretch)
+        for r in {b.resolution for b in table}
+    }
     first = np.cumsum([0, *(len(config.sizes(b.resolution)) for b in table)])
     cell = np.stack([first[i] + aspects[b.resolution] for i, b in enumerate(table)], axis=1)
     keep = np.array([b.keep for b in table], np.float32)
@@ -266,18 +285,27 @@ class _Draw:
         return np.where(stays.any(axis=1), chosen, -1)
 
 
-def fit_frames(frames: np.ndarray, size: Size, at: tuple[float, float] = (0.5, 0.5)) -> np.ndarray:
+def fit_frames(
+    frames: np.ndarray,
+    size: Size,
+    at: tuple[float, float] = (0.5, 0.5),
+    *,
+    stretch: float = 0.0,
+) -> np.ndarray:
     """Scales frames to cover `size`, then crops; uint8 (T, H, W, 3).
 
     Args:
       frames: uint8 (T, H', W', 3).
       size: height and width.
       at: where the crop lies in what is left over, 0 (top, left) to 1; by default in the centre.
+      stretch: by how much the one side may be scaled more than the other.
     """
     height, width = size
     h, w = frames.shape[1:3]
     scale = max(height / h, width / w)
-    scaled = (max(width, round(w * scale)), max(height, round(h * scale)))
+    scaled = tuple(
+        max(side, round(n * scale / (1.0 + stretch))) for side, n in ((width, w), (height, h))
+    )
     if scaled != (w, h):
         method = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
         frames = np.stack([cv2.resize(f, scaled, interpolation=method) for f in frames])
@@ -285,11 +313,13 @@ def fit_frames(frames: np.ndarray, size: Size, at: tuple[float, float] = (0.5, 0
     return np.ascontiguousarray(frames[:, top : top + height, left : left + width])
 
 
-def crop_loss(heights: np.ndarray, widths: np.ndarray, size: Size) -> np.ndarray:
+def crop_loss(
+    heights: np.ndarray, widths: np.ndarray, size: Size, stretch: float = 0.0
+) -> np.ndarray:
     """The share of each frame's pixels that `fit_frames` cuts off, float64 (N,)."""
     height, width = size
     ratio = (np.asarray(widths) / np.asarray(heights)) / (width / height)
-    return 1.0 - np.minimum(ratio, 1.0 / ratio)
+    return 1.0 - np.minimum(1.0, np.minimum(ratio, 1.0 / ratio) * (1.0 + stretch))
 
 
 if __name__ == "__main__":

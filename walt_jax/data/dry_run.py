@@ -77,7 +77,7 @@ def survey(pipeline: Pipeline, token: BucketsConfig, model: DenoiserConfig | Non
 
     Args:
       pipeline: the data.
-      token: its strides and patch say what a token is.
+      token: its strides and patch say what a token is, its stretch what is cut off.
       model: for the cost.
     """
     assignment, index = pipeline.assignment, pipeline.dataset.index
@@ -93,7 +93,8 @@ def survey(pipeline: Pipeline, token: BucketsConfig, model: DenoiserConfig | Non
             tokens = token.tokens(shape[0], shape[1:])
             chances = np.where(assignment.cells == i, assignment.chances, 0.0).sum(axis=1)
             sides = (index[name][pipeline.records] for name in ("height", "width"))
-            crop = float(np.average(buckets.crop_loss(*sides, shape[1:]), weights=chances))
+            crops = buckets.crop_loss(*sides, shape[1:], token.stretch)
+            crop = float(np.average(crops, weights=chances))
         name = "x".join(map(str, shape[:3]))
         padding = 1.0 - videos / (batches * size) if batches else 0.0
         cost = size * clip_cost(tokens, model)

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -38,7 +39,10 @@ def stacked(clips: Iterator[dict[str, Any]], counts: Iterable[int]) -> Iterator[
 def on_devices(
     batches: Iterator[HostBatch], sharding: NamedSharding, share: Share, ahead: int
 ) -> Iterator[dict[str, jax.Array]]:
-    """Batches as global arrays, `ahead` of them on the way to the devices; without strings."""
+    """Batches as global arrays, `ahead` of them on the way to the devices; without strings.
+
+    A thread of its own stacks and sends them, while the caller's steps run.
+    """
 
     def put(batch: HostBatch) -> dict[str, jax.Array]:
         # The one transfer that is wanted; with several processes JAX takes it for an implicit one.
@@ -51,7 +55,16 @@ def on_devices(
                 if name != "caption"
             }
 
-    queue = collections.deque(put(next(batches)) for _ in range(ahead))
-    while True:
-        yield queue.popleft()
-        queue.append(put(next(batches)))
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
+
+        def submit() -> Future[dict[str, jax.Array]]:
+            return thread.submit(lambda: put(next(batches)))
+
+        queue = collections.deque(submit() for _ in range(ahead))
+        try:
+            while True:
+                yield queue.popleft().result()
+                queue.append(submit())
+        finally:
+            for future in queue:
+                future.cancel()

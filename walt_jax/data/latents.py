@@ -79,6 +79,9 @@ def encode_dataset(
 ) -> Dataset:
     """Encodes `epochs` random clips of every video, on all devices of all processes.
 
+    Of a table of buckets each epoch draws each video's anew, so that its clips differ in size and
+    length.
+
     Every process encodes a run of consecutive shards on its own devices. What is written depends
     on the number of neither (that of a process's devices may change the rounding). Interrupted and
     called again with the same arguments, it goes on with the shards that are missing.
@@ -91,7 +94,7 @@ def encode_dataset(
         that are too long are cut.
       epochs: passes over the videos; each cuts its clips at other times.
       batch_size: clips encoded together.
-      seed: of the clips' times.
+      seed: of the clips' times and buckets.
       batches_per_shard: batches whose latents make up a file; a shard is whole or missing.
       overwrite: replace a dataset in `output`, and begin anew what was interrupted.
       progress: show a progress bar.
@@ -110,7 +113,8 @@ def encode_dataset(
         )
     data = dataclasses.replace(data, max_broken=0.0)  # latents of another video are no stand-in
     # In the records' order: so a row is known that only fills up a batch.
-    pipeline = Pipeline(dataset, data, batch_size=batch_size, seed=seed, split="all", shuffle=False)
+    order = {"split": "all", "shuffle": False, "redraw": True}
+    pipeline = Pipeline(dataset, data, batch_size=batch_size, seed=seed, **order)
     config = tokenizer.config
     for shapes in pipeline.shapes():
         config.latent_shape(*shapes["video"].shape[1:4])  # refuses what does not fit
@@ -131,7 +135,7 @@ def encode_dataset(
         settings["text"] = {"hash": encoder.hash, "max_tokens": text.max_tokens}
     if data.buckets is not None:
         settings["buckets"] = dataclasses.asdict(data.buckets)
-    batches = range(epochs * pipeline.batches_per_epoch)
+    batches = range(pipeline.plan.batches_before(epochs))
     shards = [batches[k : k + batches_per_shard] for k in batches[::batches_per_shard]]
     features = CODE_FEATURES if discrete else LATENT_FEATURES
     if encoder is not None:

@@ -134,7 +134,8 @@ class _CutClip:
         config, times = self._config, record["timestamps"]
         rng, (num_frames, *size) = np.random.default_rng(row.seed), self._shapes[row.bucket]
         frames = clip_frames(times, num_frames, config.fps, rng.random())
-        video = buckets.fit_frames(decode_frames(record, frames), size)
+        stretch = config.buckets.stretch if config.buckets else 0.0
+        video = buckets.fit_frames(decode_frames(record, frames), size, stretch=stretch)
         return {
             "video": video,
             "label": np.int32(record["label"]),
@@ -230,15 +231,18 @@ class Pipeline:
         seed: int,
         split: Literal["train", "eval", "all"] = "train",
         shuffle: bool = True,
+        redraw: bool = False,
         text_encoder: FrozenTextConfig | None = None,
     ) -> None:
-        """`text_encoder` is the published one that reads captions, where there is one."""
+        """`text_encoder` is the published one that reads captions, where there is one.
+
+        Without `shuffle` epochs are alike, but for the buckets that `redraw` draws anew in each.
+        """
         self.dataset, self.config, self._batch_size, self._seed = dataset, config, batch_size, seed
         self.cached = dataset.metadata.get("kind") == "latents"
         self._captions = Captions.of(dataset, config.caption_bytes, text_encoder)
-        assign = functools.partial(
-            assign_records, dataset, config, batch_size=batch_size, seed=seed, shuffle=shuffle
-        )
+        sizes = {"batch_size": batch_size, "seed": seed, "shuffle": shuffle or redraw}
+        assign = functools.partial(assign_records, dataset, config, **sizes)
         fits = assign(np.arange(len(dataset))).taken
         # Of those that fit alone, as the latents made of them are.
         chosen = np.flatnonzero(fits)

@@ -64,7 +64,11 @@ class BatchPlan:
     @property
     def batches_per_epoch(self) -> int:
         """Batches of the first epoch: every record of a bucket appears in them at least once."""
-        return self._start(1)[0]
+        return self.batches_before(1)
+
+    def batches_before(self, epoch: int) -> int:
+        """Batches of all epochs before one."""
+        return self._start(epoch)[0]
 
     def __call__(self, k: int) -> tuple[int, np.ndarray]:
         """(bucket, records (batch size,)) of batch k."""

@@ -19,6 +19,7 @@ import numpy as np
 from av.sidedata.sidedata import Type as SideDataType
 from av.video.reformatter import ColorRange, Interpolation
 
+from walt_jax.data.truncation import check_not_truncated
 from walt_jax.errors import UserError
 
 EXTENSIONS = frozenset(
@@ -211,7 +212,7 @@ def _opened(
         # Playlists in disguise must not reach the network.
         with av.open(str(path), options={"protocol_whitelist": "file"}) as container:
             stream = _best_stream(container, path)
-            _check_not_truncated(stream, path)
+            check_not_truncated(stream, path)
             stream.codec_context.thread_count = threads
             stream.thread_type = "AUTO"
             yield container, stream
@@ -238,18 +239,6 @@ def _best_stream(container: av.container.InputContainer, path: Path) -> av.Video
         return default, stream.codec_context.width * stream.codec_context.height, -stream.index
 
     return max(streams, key=rank)
-
-
-def _check_not_truncated(stream: av.VideoStream, path: Path) -> None:
-    """Refuses a file whose index points behind its end; FFmpeg would decode what is there."""
-    entries = stream.index_entries
-    needed = max((e.pos + e.size for e in (entries[i] for i in range(len(entries)))), default=0)
-    size = path.stat().st_size
-    if needed > size:
-        raise UserError(
-            f"{path} is truncated: its index speaks of {needed} bytes and {size} are there; "
-            "fetch it again or leave it out."
-        )
 
 
 def _timed_frames(

@@ -330,7 +330,9 @@ class DenoiserTask(Task, name="denoiser"):
         if model.frame_times and x0.shape[1] > 1:
             x0, times, mask = pick_frames(self.frames, fold(keys, 7), x0, model.grid[0])
             given, mask = x0, jnp.broadcast_to(mask[..., None, None], x0.shape[:-1])
-        elif model.given != "none" and x0.shape[1] == model.grid[0]:  # no image beside videos
+        elif model.given != "none" and (
+            x0.shape[1] == model.grid[0] or (model.any_size and x0.shape[1] > 1)
+        ):  # no image beside videos
             given, mask = x0, draw_masks(self.given, fold(keys, 4), x0.shape[1:4])
         if model.upsampling is not None:
             small = shrink(to_unit(batch["video"]), model.upsampling)

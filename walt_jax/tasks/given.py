@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -124,56 +125,82 @@ def draw_masks(config: GivenConfig, keys: jax.Array, grid: Grid) -> jax.Array:
             f"config.task.given.first_frames={config.first_frames} gives all of clips of {grid[0]} "
             "latent frames: at least one must be left to generate."
         )
+    corner, size = jnp.zeros(3, jnp.int32), jnp.asarray(grid)
+    masks = jax.vmap(lambda key: _mask(config, key, corner, size, grid))(keys)
+    # Of a clip that is given whole nothing would be learned.
+    return masks & ~masks.all((1, 2, 3), keepdims=True)
+
+
+def draw_block_masks(
+    config: GivenConfig, keys: jax.Array, places: jax.Array, extents: jax.Array, block: Grid
+) -> jax.Array:
+    """What is given in blocks of clips, as `draw_masks` gives it; here also whole clips.
+
+    Args:
+      config: shares of the kinds.
+      keys: (B,), a key a block: that of its clip.
+      places: int32 (B, 3), the first latent (t, h, w) of each block in its clip.
+      extents: int32 (B, 3), latents (T, H, W) of its clip.
+      block: (t, h, w), latents of a block.
+
+    Returns:
+      bool (B, t, h, w).
+    """
+    return jax.vmap(lambda *of: _mask(config, *of, block))(keys, places, extents)
+
+
+class _Places(NamedTuple):
+    """Where latents are in a clip: `at` int32 (t, 1, 1), (1, h, 1), (1, 1, w); `of` (T, H, W)."""
+
+    at: tuple[jax.Array, ...]
+    of: jax.Array
+
+
+def _mask(
+    config: GivenConfig, key: jax.Array, corner: jax.Array, size: jax.Array, block: Grid
+) -> jax.Array:
+    """What is given in a block that lies at a corner of a clip of a size; bool like the block."""
+    at = tuple(x + c for x, c in zip(jnp.ogrid[tuple(slice(n) for n in block)], corner))
     shares = [getattr(config, kind) for kind in _KINDS]
     odds = jnp.asarray([max(0.0, 1.0 - sum(shares)), *shares])
-
-    def one(key: jax.Array) -> jax.Array:
-        pick, draw = jax.random.split(key)
-        nothing = jnp.zeros(grid, bool)
-        masks = [_KINDS[kind](draw, grid, config.first_frames) for kind in _KINDS]
-        masks = jnp.stack([nothing, *(jnp.broadcast_to(mask, grid) for mask in masks)])
-        mask = masks[jax.random.choice(pick, len(masks), p=odds)]
-        return mask & ~mask.all()  # of a clip that is given whole, nothing would be learned
-
-    return jax.vmap(one)(keys)
+    pick, draw = jax.random.split(key)
+    masks = [kind(draw, _Places(at, size), config.first_frames) for kind in _KINDS.values()]
+    masks = [jnp.zeros(block, bool), *(jnp.broadcast_to(mask, block) for mask in masks)]
+    return jnp.stack(masks)[jax.random.choice(pick, len(masks), p=odds)]
 
 
-def _first(key: jax.Array, grid: Grid, counts: Sequence[int]) -> jax.Array:
-    count = jax.random.choice(key, jnp.asarray(counts))
-    return _frames(grid) < count
+def _first(key: jax.Array, places: _Places, counts: Sequence[int]) -> jax.Array:
+    return places.at[0] < jax.random.choice(key, jnp.asarray(counts))
 
 
-def _last(key: jax.Array, grid: Grid, counts: Sequence[int]) -> jax.Array:
-    return _first(key, grid, counts)[::-1]
+def _last(key: jax.Array, places: _Places, counts: Sequence[int]) -> jax.Array:
+    return places.at[0] >= places.of[0] - jax.random.choice(key, jnp.asarray(counts))
 
 
-def _ends(key: jax.Array, grid: Grid, counts: Sequence[int]) -> jax.Array:
-    return (_frames(grid) == 0) | (_frames(grid) == grid[0] - 1)
+def _ends(key: jax.Array, places: _Places, counts: Sequence[int]) -> jax.Array:
+    return (places.at[0] == 0) | (places.at[0] == places.of[0] - 1)
 
 
-def _every_other(key: jax.Array, grid: Grid, counts: Sequence[int]) -> jax.Array:
-    return _frames(grid) % 2 == 0
+def _every_other(key: jax.Array, places: _Places, counts: Sequence[int]) -> jax.Array:
+    return places.at[0] % 2 == 0
 
 
-def _random(key: jax.Array, grid: Grid, counts: Sequence[int]) -> jax.Array:
-    return jax.random.bernoulli(key, 0.5, (grid[0], 1, 1))
+def _random(key: jax.Array, places: _Places, counts: Sequence[int]) -> jax.Array:
+    frames = places.at[0].reshape(-1)
+    coins = jax.vmap(lambda frame: jax.random.bernoulli(jax.random.fold_in(key, frame)))(frames)
+    return coins[:, None, None]
 
 
-def _region(key: jax.Array, grid: Grid, counts: Sequence[int]) -> jax.Array:
+def _region(key: jax.Array, places: _Places, counts: Sequence[int]) -> jax.Array:
     """All but a box between two corners."""
     inside = []
     for axis, draw in zip((1, 2), jax.random.split(key)):
-        corners = jax.random.randint(draw, (2,), 0, grid[axis])
-        places = jnp.arange(grid[axis])
-        inside.append((places >= corners.min()) & (places <= corners.max()))
-    return ~(inside[0][:, None] & inside[1][None, :])[None]
+        corners = jax.random.randint(draw, (2,), 0, places.of[axis])
+        inside.append((places.at[axis] >= corners.min()) & (places.at[axis] <= corners.max()))
+    return ~(inside[0] & inside[1])
 
 
-def _frames(grid: Grid) -> jax.Array:
-    return jnp.arange(grid[0])[:, None, None]
-
-
-_KINDS: dict[str, Callable[[jax.Array, Grid, Sequence[int]], jax.Array]] = {
+_KINDS: dict[str, Callable[[jax.Array, _Places, Sequence[int]], jax.Array]] = {
     "first": _first,
     "last": _last,
     "ends": _ends,

@@ -16,6 +16,7 @@ from walt_jax.parallel import Layout
 from walt_jax.tasks import captions
 from walt_jax.tasks.base import Batch, Metrics, PyTree, fold, sample_keys, uniform
 from walt_jax.tasks.frozen import Frozen
+from walt_jax.tasks.given import draw_block_masks
 from walt_jax.training.denoisers import without_text
 
 if TYPE_CHECKING:
@@ -49,10 +50,10 @@ def packing_of(batch: Batch, patch: tuple[int, int, int]) -> Packing:
 
 
 def first_videos(batch: Batch) -> Batch:
-    """What is said of the first video of each row, with a block of it as its latents."""
+    """What is said of the first video of each row, with none of its latents."""
     names = ("label", "text", EMBEDDINGS, LENGTH)
     said = {name: batch[name][:, 0] for name in names if name in batch}
-    return said | {"latents": batch["latents"][:, 0]}
+    return said | {"latents": batch["latents"][:, 0, :0]}
 
 
 def loss(
@@ -143,6 +144,21 @@ def packed_losses(
     )
     x_t = diffusion.add_noise(x0, eps, times)
 
+    given = jnp.zeros(x0.shape[:-1], bool)
+    if model.given != "none":
+        own = by_block(fold(keys, 4).reshape(rows, videos))
+        extents = packing.of_blocks(batch["extents"]).reshape(-1, 3)
+        places = batch["places"].reshape(-1, 3)
+        given = draw_block_masks(task.given, own, places, extents, blocks[2:5])
+        if model.grid[0] > 1:  # no image beside videos
+            given &= (extents[:, 0] > 1)[:, None, None, None]
+        # Of a video that is given whole, as far as it is kept, nothing would be learned.
+        left = packing.sum_of_videos((~given).sum((1, 2, 3)).reshape(blocks[:2]))
+        given &= by_block(left > 0)[:, None, None, None]
+        conditions = dataclasses.replace(
+            conditions, given=x0.reshape(blocks), given_mask=given.reshape(blocks[:-1])
+        )
+
     def predict(params: PyTree, conditions: Conditions) -> jax.Array:
         network = task.network.bind(without_text(params))
         out = network(x_t.reshape(blocks), t, conditions, layout, packing)
@@ -151,12 +167,13 @@ def packed_losses(
     if model.self_conditioning and task.self_conditioning > 0:
         guess = predict(*jax.lax.stop_gradient((params, conditions)))
         told = drawn(5, 1.0 if evaluates else task.self_conditioning)
-        estimate = jnp.where(
-            by_block(told).reshape(-1, 1, 1, 1, 1), diffusion.read(guess, x_t, times).x0, 0.0
-        )
+        estimate = jnp.where(given[..., None], x0, diffusion.read(guess, x_t, times).x0)
+        estimate = jnp.where(by_block(told).reshape(-1, 1, 1, 1, 1), estimate, 0.0)
         conditions = dataclasses.replace(conditions, estimate=estimate.reshape(blocks))
-    losses = diffusion.losses(predict(params, conditions), x0, eps, times)
-    return packing.mean_of_videos(losses.reshape(blocks[:2])), packing
+    counts = ~given
+    losses = diffusion.losses(predict(params, conditions), x0, eps, times, counts[..., None])
+    weights = counts.sum((1, 2, 3)).reshape(blocks[:2])
+    return packing.mean_of_videos(losses.reshape(blocks[:2]), weights), packing
 
 
 def _of_places(keys: jax.Array, batch: Batch) -> jax.Array:

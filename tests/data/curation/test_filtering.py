@@ -107,6 +107,9 @@ def test_the_report_shows_everything(scored):
     page = (output / "report.html").read_text()
     for entry in (*report.rejected, *report.skipped):
         assert entry["source"] in page
+    for name, count in (("clips", 10), ("pieces too short for a clip", 2), ("clips kept", 6)):
+        assert f"<td>{name}</td><td>{count}</td>" in page
+    assert "Scores that were off: motion, letterbox, text_area, aesthetic, text_match." in page
     pictures = sorted(p.name for p in (output / "report").iterdir())
     assert pictures == [*(f"{i:06d}.jpg" for i in range(10)), "histograms.png"]
     assert all(f"report/{name}" in page for name in pictures)
@@ -140,6 +143,20 @@ def test_other_thresholds_decode_nothing(videos, scored, monkeypatch):
     arguments = ["--input", f"{output}.scored", "--output", str(other)]
     prepare.main([*arguments, "--config.filter.sharpness=(None,100.0)"])
     assert names(other) == ["blurred0", "blurred1", "dark0", "dark1"]
+
+
+def test_an_image_need_not_move(tmp_path):
+    (tmp_path / "in").mkdir()
+    cv2.imwrite(str(tmp_path / "in" / "image.png"), texture(0))
+    media.write_mp4(tmp_path / "in" / "still.mp4", np.repeat(texture(1)[None], 10, 0), 5)
+    config = PrepareConfig(
+        cut=CutConfig(min_clip_seconds=1.5),
+        scores=ScoreConfig(motion=True),
+        filter=FilterConfig(motion=(0.01, None)),
+    )
+    report = prepare_dataset(tmp_path / "in", tmp_path / "out", config=config, runner="threads")
+    assert open_dataset(tmp_path / "out").index["source"].tolist() == ["image.png"]
+    assert [entry["source"] for entry in report.rejected] == ["still.mp4"]
 
 
 def test_what_cannot_be(videos, scored, tmp_path):

@@ -23,7 +23,7 @@ class CutConfig:
       threshold: of the detector; 0 is PySceneDetect's default (3 for adaptive, 27 for content).
       min_scene_seconds: a cut sooner after the one before does not count.
       clip_seconds: length of a clip, cut from the start of each scene; 0 keeps whole scenes.
-      min_clip_seconds: what is left of a scene and shorter is dropped, and reported.
+      min_clip_seconds: what is left of a scene and shorter is dropped, and reported; no image is.
       fps: keep this many frames a second, nearest in time; 0 keeps all. None is ever repeated.
       max_seconds: a scene, or a source without cuts, is cut into pieces no longer than this.
     """
@@ -164,7 +164,8 @@ class FilterConfig:
 
     Attributes:
       seconds, frames, short_side: of the clip.
-      motion, sharpness, letterbox, black_frames, text_area, aesthetic, text_match: of its scores.
+      motion, sharpness, letterbox, black_frames, text_area, aesthetic, text_match: of its scores;
+        `motion` does not ask images.
       duplicate_bits: of clips whose perceptual hashes (192 bits) differ in at most so many bits,
         directly or through others, the first is kept; None keeps all.
     """

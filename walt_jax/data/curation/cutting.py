@@ -3,6 +3,7 @@ the next frames cannot change, so memory does not grow with the length of a vide
 
 import collections
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -48,7 +49,7 @@ class Clip:
 
 
 def cut_clips(frames: Iterable[Timed], duration: float, config: CutConfig) -> Iterator[Clip]:
-    """Yields the clips of a source, in order.
+    """Yields the clips of a source, in order; an image, a source of one frame, is never too short.
 
     Args:
       frames: (seconds from the first frame, uint8 (H, W, 3) sRGB), in order.
@@ -59,6 +60,9 @@ def cut_clips(frames: Iterable[Timed], duration: float, config: CutConfig) -> It
     if not config.clip_seconds and config.detector == "none" and duration > span:
         # Equal pieces, by the header's word, leave no scrap of a frame or two at the end.
         span = duration / math.ceil(duration / span)
+    frames = iter(frames)
+    first = list(itertools.islice(frames, 2))
+    frames, image = itertools.chain(first, frames), len(first) == 1
     clip, start, pieces = None, 0.0, 1
     for scene, time, frame in _resampled(_scenes(frames, config), config.fps):
         if clip is not None and scene != clip.scene:
@@ -73,7 +77,7 @@ def cut_clips(frames: Iterable[Timed], duration: float, config: CutConfig) -> It
         clip.times.append(time)
         clip.coded.append(video.encode_frame(frame))
     if clip is not None:
-        yield _checked(clip, config)
+        yield clip if image else _checked(clip, config)
 
 
 def _checked(clip: Clip, config: CutConfig) -> Clip:

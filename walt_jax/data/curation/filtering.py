@@ -19,16 +19,18 @@ _COLUMNS = {
 
 
 def select(dataset: Dataset, config: FilterConfig) -> list[str]:
-    """For each record why it is left out, or "" where it is kept.
+    """For each record why it is left out, or "" where it is kept; no image is asked for motion.
 
     Raises:
       UserError: a threshold is set on a score that the dataset does not have.
     """
-    index = dataset.index
+    index, images = dataset.index, dataset.index["num_frames"] == 1
     reasons: list[list[str]] = [[] for _ in range(len(dataset))]
     for name, (least, most) in config.ranges().items():
-        values = column(index, name, str(dataset.directory))
-        for i, value in enumerate(values.tolist()):
+        values = column(index, name, str(dataset.directory)).tolist()
+        for i, value in enumerate(values):
+            if name == "motion" and images[i]:
+                continue
             if least is not None and not value >= least:
                 reasons[i].append(f"{name} {value:.4g} is below {least:g}")
             elif most is not None and not value <= most:

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from walt_jax.data.curation.config import FilterConfig
 from walt_jax.data.curation.filtering import summary
-from walt_jax.data.curation.scores import HASHES
+from walt_jax.data.curation.scores import HASHES, SCORES
 from walt_jax.data.records import Dataset
 from walt_jax.gallery import Section, write_gallery
 
@@ -58,11 +59,24 @@ def write_report(
         *((e["source"], "-", e["reason"]) for e in report["skipped"]),
         *((e["source"], f"{e['start']:.2f}", e["reason"]) for e in report["rejected"]),
     ]
-    counts = [(name, f"{report[name]:,}") for name in ("sources", "clips", "records", "frames")]
-    counts.append(("sources not, or not wholly, read", f"{len(report['skipped']):,}"))
-    counts += [(f"clips turned away by {k}", f"{v:,}") for k, v in summary(list(reasons)).items()]
+    short = len(report["rejected"]) - int((~kept).sum())
+    counts = {
+        "sources": report["sources"],
+        "sources not, or not wholly, read": len(report["skipped"]),
+        "clips": report["clips"],
+        "pieces too short for a clip": short,
+        **{f"clips turned away by {k}": v for k, v in summary(list(reasons)).items()},
+        "clips kept": report["records"],
+        "frames kept": report["frames"],
+    }
+    off = [name for name in SCORES if name not in scored.index]
+    off += ["phash"] * (HASHES[0] not in scored.index)
     sections = [
-        Section("What became of the videos", table=[("", "number"), *counts]),
+        Section(
+            "What became of the videos",
+            f"Scores that were off: {', '.join(off)}." if off else "",
+            table=[("", "number"), *((k, f"{v:,}") for k, v in counts.items())],
+        ),
         Section(
             "Sizes, lengths and scores",
             "Blue: kept. Orange: turned away. Dashed: the thresholds.",
@@ -114,10 +128,12 @@ def _histograms(path: Path, scored: Dataset, kept: np.ndarray, thresholds: Filte
     bounds = thresholds.ranges()
     for axis, (name, x) in zip(axes.flat, values.items()):
         least, most = float(x.min()), float(x.max())
-        margin = 0.5 if most - least < 1e-6 * max(1.0, abs(most)) else 0.0
-        edges = np.linspace(least - margin, most + margin, min(40, max(10, len(x) // 4)) + 1)
+        if most - least < 1e-6 * max(1.0, abs(most)):  # about the one value, but nothing below 0
+            least, most = (least - 0.5, most + 0.5) if least >= 0.5 else (least, least + 1.0)
+        edges = np.linspace(least, most, min(40, max(10, len(x) // 4)) + 1)
         axis.hist([x[kept], x[~kept]], edges, stacked=True)
         axis.set(title=_TITLES[name], ylabel="clips")
+        axis.yaxis.set_major_locator(MaxNLocator(integer=True))
         for bound in bounds.get({"num_frames": "frames"}.get(name, name), ()):
             if bound is not None:
                 axis.axvline(bound, color="black", linestyle="--", linewidth=1)

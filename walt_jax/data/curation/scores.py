@@ -21,22 +21,20 @@ from walt_jax.data.curation.cutting import Clip
 from walt_jax.data.records import exact
 from walt_jax.errors import UserError
 
-_FLOW_SIDE, _SHARP_SIDE = (
-    128,
-    256,
-)  # pixels of the shorter side that flow and sharpness are taken in
+_FLOW_SIDE, _SHARP_SIDE = 128, 256  # pixels of the shorter side that the two are taken in
 _BLACK = 25  # luma of 255 below which a pixel is black; FFmpeg's blackdetect has a tenth too
 _ALMOST_ALL = 98  # per cent of the pixels of a black frame, row or column
 _TEXT_FRAMES = 3  # the detector is the slowest of the scores
 HASHES = ("phash_0", "phash_1", "phash_2")
+_PLAIN = ("motion", "sharpness", "letterbox", "black_frames", "text_area")
+SCORES = (*_PLAIN, "aesthetic", "text_match")
 _CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 _CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 
 def columns(config: ScoreConfig) -> dict[str, Any]:
     """The features that the scores of `config` add to a record, by name."""
-    plain = ("motion", "sharpness", "letterbox", "black_frames", "text_area")
-    names = [name for name in plain if getattr(config, name)]
+    names = [name for name in _PLAIN if getattr(config, name)]
     if config.clip is not None and config.clip.aesthetic_head is not None:
         names.append("aesthetic")
     if config.clip is not None and config.clip.text is not None:

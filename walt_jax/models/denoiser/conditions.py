@@ -133,7 +133,8 @@ def check_packed(
         ),
         f"conditioning={config.conditioning!r}: modulate (adaln...) or add": config.conditioning
         in ("in_context", "cross_attention"),
-        f"given={config.given!r}: make it 'none'": config.given != "none",
+        f"given={config.given!r}: make it 'channels' or 'in_place'": config.given
+        not in ("none", "channels", "in_place"),
         "causal=True: make it False": config.causal,
         f"upsampling={config.upsampling}: make it None": config.upsampling is not None,
         "output_conv=True: make it False": config.output_conv,
@@ -156,6 +157,8 @@ def check_packed(
         "extents": (packing.extents, (b, s, 3)),
         "label": (conditions.label, (b, s)),
         "estimate": (conditions.estimate, z.shape),
+        "given": (conditions.given, z.shape),
+        "given_mask": (conditions.given_mask, z.shape[:-1]),
     }
     for name, (array, shape) in shapes.items():
         if array is not None and array.shape != shape:

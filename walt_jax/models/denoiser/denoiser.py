@@ -122,7 +122,7 @@ class Denoiser(nnx.Module):
             blocks a row.
           t: timesteps (B,), 0 (clean) to the schedule's length - 1 (noise). Packed: (B, S).
           conditions: what the network is told. Packed: arrays have (B, S) where they had (B,), and
-            `estimate` is like z.
+            `estimate` and `given` are like z, `given_mask` without the channels.
           layout: where activations lie on the mesh.
           packing: which video each block belongs to, for rows of packed videos.
 

@@ -46,11 +46,15 @@ class Packing:
         """A vector a video, for each token of the row to broadcast: (B, 1, 1, N w, D)."""
         return jnp.repeat(self.of_blocks(vectors_BSD), self.block[2], axis=1)[:, None, None]
 
-    def mean_of_videos(self, x: jax.Array) -> jax.Array:
-        """The mean of (B, N) over each video's blocks: float32 (B, S), 0 where there is none."""
+    def sum_of_videos(self, x: jax.Array) -> jax.Array:
+        """The sum of (B, N) over each video's blocks: float32 (B, S), 0 where there is none."""
         own = self.segments[:, :, None] == jnp.arange(self.extents.shape[1])
-        total = jnp.where(own, x.astype(jnp.float32)[:, :, None], 0.0).sum(axis=1)
-        return total / jnp.maximum(own.sum(axis=1), 1)
+        return jnp.where(own, x.astype(jnp.float32)[:, :, None], 0.0).sum(axis=1)
+
+    def mean_of_videos(self, x: jax.Array, weights: jax.Array) -> jax.Array:
+        """The mean of (B, N), weighted, over each video's blocks: float32 (B, S), 0 likewise."""
+        total = self.sum_of_videos(x.astype(jnp.float32) * weights)
+        return total / jnp.maximum(self.sum_of_videos(weights), 1)
 
     def flat(self, x: jax.Array) -> jax.Array:
         """What belongs to videos, (B, S, M, ...), one after the other: (B, S M, ...)."""
