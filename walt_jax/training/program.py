@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from walt_jax.errors import UserError
 from walt_jax.parallel import Layout, state_shardings
+from walt_jax.parallel.compiler import compiler_options
 from walt_jax.parallel.sharding import (
     batch_sharding,
     frozen_shardings,
@@ -105,6 +106,7 @@ class Program:
             ),
             donate_argnums=0,
             out_shardings=(self.shardings, replicated(self._mesh)),
+            compiler_options=compiler_options(self._mesh),
         )
         batch = {name: lying(x, batch_sharding(self._mesh)) for name, x in shapes.items()}
         seed = lying(np.zeros((), np.uint32), replicated(self._mesh))

@@ -1,0 +1,103 @@
+"""Which options of XLA make the training step faster on TPUs, by their compiler?
+
+    python -m benchmarks.xla_flags [--only NAME ...] [--config C] [--topology v5e:4x4] [--clips 16]
+
+Compiles the training step of a config once with each row of FLAGS, beside none, for a pod that is
+not there, and prints estimated cycles, what of the communication they do not hide, both as seconds
+a step, and memory. `--out FILE` keeps the rows, so that a run that was cut off goes on. What won is
+in `walt_jax/parallel/compiler.py`. A row takes minutes.
+"""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from unittest import mock
+
+import jax
+
+from walt_jax import cli
+from walt_jax import config as config_lib
+from walt_jax.parallel import compiler
+from walt_jax.rehearsal.chips import Topology
+from walt_jax.rehearse import run
+from walt_jax.training.experiment import Experiment
+
+FLAGS: dict[str, dict[str, bool | int | str]] = {
+    "none": {},
+    # More of the on-chip memory for one operation; the default is 16 MiB.
+    "vmem 64 MiB": {"xla_tpu_scoped_vmem_limit_kib": 65536},
+    # Gathered weights arrive while matrices are multiplied, as steps of one fused operation.
+    "fused gathers": {
+        "xla_tpu_enable_async_collective_fusion": True,
+        "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
+        "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
+        "xla_tpu_overlap_compute_collective_tc": True,
+        "xla_enable_async_all_gather": True,
+    },
+    "pipelined gathers": {"xla_tpu_enable_ag_backward_pipelining": True},
+    # Sums of gradients over data leave the loop and are joined.
+    "joined sums": {
+        "xla_tpu_enable_data_parallel_all_reduce_opt": True,
+        "xla_tpu_data_parallel_opt_different_sized_ops": True,
+    },
+    "no windowed scatters": {"xla_tpu_enable_windowed_einsum_for_reduce_scatter": False},
+    "scheduler's features": {"xla_tpu_enable_all_experimental_scheduler_features": True},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", choices=FLAGS, default=list(FLAGS), metavar="NAME")
+    parser.add_argument("--config", default="configs/walt_ucf101.py:l")
+    parser.add_argument("--topology", default="v5e:4x4")
+    parser.add_argument("--clips", type=int, default=16, help="a chip")
+    parser.add_argument("--out", type=Path, help="JSON lines; what is there is not compiled again")
+    args, overrides = cli.parse(parser)
+    jax.config.update("jax_platforms", "cpu")
+    lines = args.out.read_text().splitlines() if args.out and args.out.exists() else []
+    done = {row["name"]: row for row in map(json.loads, lines)}
+    topology = Topology.parse(args.topology)
+    values = config_lib.load(args.config, overrides)
+    values["batch_size"] = args.clips * topology.chips
+    values["mesh"] = {"data": 1, "fsdp": topology.chips}
+    experiment = config_lib.build(Experiment, values)
+    print(f"{args.config} on {args.topology}, {args.clips} clips a chip; the compiler's estimates")
+    for name in args.only:
+        if name not in done:
+            done[name] = _row(name, experiment, topology)
+            if args.out:
+                with args.out.open("a") as file:
+                    file.write(json.dumps(done[name]) + "\n")
+        print(_line(done[name], done.get("none")), flush=True)
+
+
+def _row(name: str, experiment: Experiment, topology: Topology) -> dict:
+    with mock.patch.dict(compiler.TPU, FLAGS[name], clear=True):
+        try:
+            (report,) = run(experiment, topology, topology.devices(), "train")
+        except jax.errors.JaxRuntimeError as e:  # this libtpu has no such option, or cannot
+            return {"name": name, "error": str(e).splitlines()[0]}
+    return {"name": name, **dataclasses.asdict(report)}
+
+
+def _line(row: dict, plain: dict | None) -> str:
+    if "error" in row:
+        return f"{row['name']:22} {row['error']}"
+    if not row["est_cycles"]:
+        return f"{row['name']:22} {row['hbm_bytes'] / 2**30:.1f} GiB do not fit"
+    whole = row["est_step_seconds"] + row["exposed_seconds"]
+    line = (
+        f"{row['name']:22} {row['est_cycles'] / 1e6:7.1f} Mcycles  {row['est_step_seconds']:.3f} + "
+        f"{row['exposed_seconds']:.3f} s  {row['hbm_bytes'] / 2**30:5.2f} GiB"
+    )
+    if plain and plain.get("est_cycles"):
+        before = plain["est_step_seconds"] + plain["exposed_seconds"]
+        line += f"  {whole / before:.3f}x"
+    return line
+
+
+if __name__ == "__main__":
+    cli.run(main)
