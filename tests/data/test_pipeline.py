@@ -2,36 +2,17 @@
 
 import itertools
 import math
-import time
 
-import jax
 import numpy as np
 import pytest
+from reading import SIZES, make, take
 
 from walt_jax.data.buckets import fit_frames
-from walt_jax.data.feeding import Share, on_devices
 from walt_jax.data.latents import LATENT_FEATURES
-from walt_jax.data.pipeline import DataConfig, Pipeline
-from walt_jax.data.records import VIDEO_FEATURES, decode_frames, open_dataset
+from walt_jax.data.records import VIDEO_FEATURES, decode_frames
 from walt_jax.data.video import encode_frame
 from walt_jax.data.writer import write_dataset
 from walt_jax.errors import UserError
-from walt_jax.parallel import MeshConfig, make_mesh
-from walt_jax.parallel.sharding import batch_sharding
-
-SIZES = ((16, 16), (16, 24), (24, 16))
-
-
-def make(dataset, *, batch_size=8, seed=3, split="train", shuffle=True, **config):
-    """A pipeline of short clips; `dataset` is a Dataset or its folder."""
-    dataset = open_dataset(getattr(dataset, "directory", dataset))
-    config = {"num_frames": 5, "sizes": SIZES, "eval_fraction": 0.2, "num_threads": 2} | config
-    config = DataConfig(str(dataset.directory), **config)
-    return Pipeline(dataset, config, batch_size=batch_size, seed=seed, split=split, shuffle=shuffle)
-
-
-def take(pipeline, count, start=0, rows=None):
-    return list(itertools.islice(pipeline.batches(start, rows), count))
 
 
 def assert_equal(batch, other):
@@ -336,68 +317,6 @@ def test_worker_processes_read_the_same_batches(sprite_records):
             assert_equal(next(iterator), batch)
     finally:
         iterator.close()  # ends the workers
-
-
-# On the devices
-
-
-@pytest.mark.parametrize(
-    "mesh", [MeshConfig(), MeshConfig(fsdp=2), MeshConfig(data=2, tensor=2, context=2)], ids=str
-)
-def test_rows_lie_on_their_devices(sprite_records, mesh):
-    mesh = make_mesh(mesh)
-    assert mesh.devices.size == 8
-    pipeline = make(sprite_records)
-    host = take(pipeline, 3, start=2)
-    groups = mesh.shape["data"] * mesh.shape["fsdp"]
-    device_rows = mesh.devices.reshape(groups, -1)  # in the order of the rows
-    share = 8 // groups
-    placed = pipeline.on_devices(batch_sharding(mesh), start=2)
-    for batch, expected in zip(placed, host):
-        assert batch.keys() == expected.keys() - {"caption"}
-        for name, array in batch.items():
-            assert isinstance(array, jax.Array)
-            assert (array.shape, array.dtype) == (expected[name].shape, expected[name].dtype)
-            shards = {s.device: np.asarray(s.data) for s in array.addressable_shards}
-            for i, devices in enumerate(device_rows):
-                for device in devices:
-                    rows = expected[name][i * share : (i + 1) * share]
-                    np.testing.assert_array_equal(shards[device], rows)
-
-
-@pytest.mark.parametrize("ahead", [1, 3])
-def test_batches_are_put_on_the_devices_ahead_of_need(sprite_records, monkeypatch, ahead):
-    pipeline = make(sprite_records)
-    puts = []
-    put = jax.make_array_from_process_local_data
-
-    def counted(*args):
-        puts.append(args)
-        return put(*args)
-
-    monkeypatch.setattr(jax, "make_array_from_process_local_data", counted)
-    placed = pipeline.on_devices(batch_sharding(make_mesh(MeshConfig())), ahead=ahead)
-    arrays = 3
-    for taken in range(2):
-        next(placed)
-        deadline = time.monotonic() + 60
-        while len(puts) < arrays * (ahead + taken) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        time.sleep(0.1)  # a batch too many would come now
-        assert len(puts) == arrays * (ahead + taken)
-    placed.close()
-
-
-def test_an_error_of_a_batch_comes_when_it_is_due(sprite_records):
-    def batches():
-        yield from take(make(sprite_records), 2)
-        raise UserError("the third is broken")
-
-    sharding = batch_sharding(make_mesh(MeshConfig()))
-    placed = on_devices(batches(), sharding, Share(0, 8, 8), 3)
-    assert len([next(placed) for _ in range(2)]) == 2
-    with pytest.raises(UserError, match="the third is broken"):
-        next(placed)
 
 
 def test_an_epoch_is_counted_in_batches(sprite_records):

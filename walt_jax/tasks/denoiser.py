@@ -27,9 +27,10 @@ from walt_jax.tasks.base import (
     to_unit,
     uniform,
 )
+from walt_jax.tasks.consistent import check
 from walt_jax.tasks.frames import FramesConfig, pick_frames
 from walt_jax.tasks.frozen import Frozen, check_dataset
-from walt_jax.tasks.given import GivenConfig, Grid, draw_masks, given_mistakes
+from walt_jax.tasks.given import GivenConfig, Grid, draw_masks
 from walt_jax.tasks.wanted import Wanted
 from walt_jax.training.denoisers import TEXT, start_from, without_text
 from walt_jax.training.texts import find_text, keep_text
@@ -80,31 +81,7 @@ class DenoiserTask(Task, name="denoiser"):
     guidance: Scale = NONE
 
     def __post_init__(self) -> None:
-        self.sampler.check(self.diffusion)
-        self.diffusion.process.grid(self.sampler.num_steps)  # refuses more than there are
-        for wrong, sentence in self._mistakes():
-            if wrong:
-                raise UserError(f"config.task.{sentence}.")
-
-    def _mistakes(self) -> list[tuple[bool, str]]:
-        model, target = self.model, self.diffusion.target
-        shares = ("self_conditioning", "class_dropout", "text_dropout", "low_noise")
-        wrong = [name for name in shares if not 0 <= getattr(self, name) <= 1]
-        width = self.text.width if self.text else 0
-        return [
-            (bool(wrong), f"{' and '.join(wrong)} must lie in 0 to 1"),
-            (
-                model.learned_sigma != target.learns_variance,
-                f"model.learned_sigma={model.learned_sigma} does not go with the target "
-                f"{target.name}: it belongs to eps_sigma and to no other",
-            ),
-            (
-                model.text_features != width,
-                f"model.text_features={model.text_features} must be the width of config.task.text, "
-                f"{width}: set both, or neither",
-            ),
-            *given_mistakes(self.given, model),
-        ]
+        check(self)
 
     @functools.cached_property
     def network(self) -> Network[Denoiser]:
