@@ -105,11 +105,11 @@ def by_hand(task, params, videos):
             told = dataclasses.replace(told, given=x0, given_mask=mask)
         if task.text is not None:
             if task.text.trained:
-                text, mask = task.text_network.bind(params["text"])(clip["text"][None])
+                text, seen = task.text_network.bind(params["text"])(clip["text"][None])
             else:
                 text = clip["text_embeddings"][None]
-                mask = np.arange(5)[None] < clip["text_length"]
-            told = dataclasses.replace(told, text=text, text_mask=mask)
+                seen = np.arange(5)[None] < clip["text_length"]
+            told = dataclasses.replace(told, text=text, text_mask=seen)
         denoiser = {k: v for k, v in params.items() if k != "text"}
         if task.model.self_conditioning:
             fixed, said = jax.lax.stop_gradient((denoiser, told))
