@@ -54,9 +54,9 @@ EVERY = SpriteConfig(
     sizes=(0.4, 0.44),
     crossing=True,
 )
-# Every colour and direction once, every shape twice. Each pair of colour and direction that is seen
-# with one shape alone says that shape, too: with a quarter of the classes held out a model learnt
-# shapes from such pairs, and not from their words.
+# Every colour and direction once, every shape twice. A pair of colour and direction that is seen
+# with one shape alone says that shape, too: with a quarter of the classes held out half of the
+# pairs do, and more of the shapes were wrong.
 HELD_OUT = ("red square left", "green triangle up", "blue square right", "yellow triangle down")
 CAPTIONS = dataclasses.replace(EVERY, exclude=HELD_OUT)
 FEW = dataclasses.replace(
@@ -119,8 +119,8 @@ MODELS = {
     "native": Model(FREE, 720, 3, 900, _ALONE, tuple(ASPECTS.values())),
     "square": Model(FREE, 720, 3, 900, _ALONE),
 }
-# Videos, their number and seed, and the frame rate. Latents of motion that is faster than what the
-# tokenizer was trained on are hard to learn: shapes and directions then come out by chance.
+# Videos, their number and seed, and the frame rate, which is the denoiser's: a tokenizer of slower
+# motion, and of other scenes, made latents whose shapes and directions were not learnt.
 TOKENIZERS = {"plain": (CAPTIONS, 980, 0, 4.0), "mixed": (MIXED, 600, 1, 8.0)}
 
 

@@ -51,7 +51,7 @@ _TOKENIZER = {
             "dtype": "float32",  # CPUs emulate bfloat16
         },
     },
-    # At the denoiser's frame rate: of faster motion latents are hard to learn.
+    # At the denoiser's frame rate, so that its motion is what the tokenizer knows.
     "data": {"path": "out/records", "sizes": ((64, 64),), "num_frames": 9, "fps": 4.0},
     "num_steps": 2000,
     "batch_size": 2,

@@ -1,7 +1,7 @@
 """Options of XLA that training steps are compiled with, for real chips and in rehearsals.
 
-Each was chosen by measuring (`python -m benchmarks.xla_flags`, docs/rehearse.md has the table).
-Whatever LIBTPU_INIT_ARGS or XLA_FLAGS say of other options holds as well.
+The place for what `python -m benchmarks.xla_flags` shows to pay; none has been chosen yet. Whatever
+LIBTPU_INIT_ARGS or XLA_FLAGS say of other options holds as well.
 """
 
 from jax.sharding import Mesh
