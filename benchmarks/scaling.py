@@ -9,8 +9,9 @@ a pod does, whatever its size.
 
 import argparse
 import dataclasses
+import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ class Point:
       model: the curve that it is on.
       config: of the model.
       topology, slices: the pod.
+      fsdp: chips over which parameters are divided; copies of them are `data`.
       clips: a chip.
       overrides: of the config.
     """
@@ -41,6 +43,7 @@ class Point:
     model: str
     config: str
     topology: str
+    fsdp: int
     slices: int = 1
     clips: int = 16
     overrides: tuple[str, ...] = ()
@@ -48,21 +51,20 @@ class Point:
     @property
     def name(self) -> str:
         slices = f"{self.slices} x " if self.slices > 1 else ""
-        return (
-            f"{self.model} {slices}{self.topology} {self.clips} {' '.join(self.overrides)}".strip()
-        )
+        pod = f"{slices}{self.topology} fsdp {self.fsdp}"
+        return f"{self.model} {pod} {self.clips} {' '.join(self.overrides)}".strip()
 
 
 def points() -> Iterator[Point]:
     """What the page shows."""
     for size in ("l", "xl"):
-        yield Point(size, f"configs/walt_ucf101.py:{size}", "v5e:4x4")
+        yield Point(size, f"configs/walt_ucf101.py:{size}", "v5e:4x4", 4)
     for topology in ("4x4x4", "4x8x8", "8x8x16", "16x16x16"):
-        yield Point("3b", _TEXT, f"v5p:{topology}")
-    for topology in ("8x8", "16x16"):
-        yield Point("3b", _TEXT, f"v6e:{topology}", clips=8)
+        yield Point("3b", _TEXT, f"v5p:{topology}", 16)
+    for side in (8, 16):
+        yield Point("3b", _TEXT, f"v6e:{side}x{side}", side, clips=8)
     for slices in (4, 16):
-        yield Point("3b", _TEXT, "v6e:16x16", slices, clips=8)
+        yield Point("3b", _TEXT, "v6e:16x16", 16, slices, clips=8)
 
 
 def rehearsed(point: Point) -> dict[str, Any]:
@@ -72,7 +74,7 @@ def rehearsed(point: Point) -> dict[str, Any]:
     values["batch_size"] = point.clips * topology.chips
     if values.get("image_batch_size"):
         values["image_batch_size"] = values["batch_size"]
-    values["mesh"] = {"data": point.slices, "fsdp": topology.chips // point.slices}
+    values["mesh"] = {"data": topology.chips // point.fsdp, "fsdp": point.fsdp}
     experiment = config_lib.build(Experiment, values)
     reports = run(experiment, topology, topology.devices(), "train")
     report = max(reports, key=lambda r: r.est_cycles)
@@ -87,26 +89,88 @@ def table(records: list[dict[str, Any]]) -> str:
         "",
         "Made by `python -m benchmarks.scaling`: the compiler's estimates, no chip was there.",
         "MFU counts model FLOPs without recomputation. Communication is derived: bytes of the",
-        "collectives over the rate of the links, less the cycles that the schedule has meanwhile.",
+        "collectives over the rate of the links; not hidden is what exceeds the cycles that the",
+        "schedule has meanwhile. Shares of communication are of a step with what is not hidden.",
         "",
-        "| model | pod | chips | clips a chip | fits | GiB | s a step | MFU | not hidden |",
-        "|---|---|---:|---:|---|---:|---:|---:|---:|",
+        *_rows(
+            "| model | pod | chips | data x fsdp | clips a chip | fits | GiB | s a step | MFU |"
+            " communication | not hidden |",
+            map(_pod, records),
+        ),
+        "",
+        "![Clips a second over chips](scaling.png)",
+        "",
+        "## What takes the time",
+        "",
+        "Shares of the estimated cycles, by kind of instruction and by part of the model; then how",
+        "much of the peak the products alone reach: what they compute again is not counted.",
+        "",
+        *_rows(
+            "| model | pod | products | attention kernels | fusions and the rest | copies | MLP |"
+            " attention | cross-attention | optimizer | others | peak in products |",
+            map(_parts, records),
+        ),
+        "",
+        "## What is sent, and not hidden",
+        "",
+        *_rows(
+            "| model | pod | operation | axes | a step | MiB a chip | ms | ms not hidden |",
+            itertools.chain.from_iterable(map(_sent, records)),
+        ),
     ]
-    for r in records:
-        step = r["est_step_seconds"] + r["exposed_seconds"]
-        cells = [
+    return "\n".join([*lines, ""])
+
+
+def _rows(head: str, rows: Iterable[list[str]]) -> list[str]:
+    """A table of Markdown; the first two columns are names."""
+    columns = head.count("|") - 1
+    rule = f"|---|---|{'---:|' * (columns - 2)}"
+    return [head, rule, *(f"| {' | '.join(cells)} |" for cells in rows)]
+
+
+def _pod(r: dict[str, Any]) -> list[str]:
+    step = r["est_step_seconds"] + r["exposed_seconds"]
+    sent = sum(c["seconds"] for c in r["collectives"])
+    return [
+        r["model"],
+        r["topology"],
+        str(r["chips"]),
+        f"{r['mesh']['data']} x {r['mesh']['fsdp']}",
+        r["point"].split()[-1],
+        "yes" if r["fits"] else "no",
+        f"{r['hbm_bytes'] / 2**30:.1f}",
+        f"{r['est_step_seconds']:.3f}",
+        f"{r['est_mfu']:.1%}",
+        *(f"{seconds / step:.1%}" if step else "-" for seconds in (sent, r["exposed_seconds"])),
+    ]
+
+
+def _parts(r: dict[str, Any]) -> list[str]:
+    kinds, rooms, total = r["kinds"], r["rooms"], r["est_cycles"] or 1
+    named = ("mlp", "attention", "cross_attention", "optimizer")
+    others = sum(cycles for room, cycles in rooms.items() if room not in named)
+    parts = [kinds.get(kind, 0) for kind in ("products", "kernels", "the rest", "copies")]
+    parts += [*(rooms.get(room, 0) for room in named), others]
+    in_products = r["est_mfu"] * total / (kinds.get("products") or total)
+    return [r["model"], r["topology"], *(f"{p / total:.1%}" for p in (*parts, in_products * total))]
+
+
+def _sent(r: dict[str, Any]) -> list[list[str]]:
+    """Collectives that take a thousandth of the step or more."""
+    return [
+        [
             r["model"],
             r["topology"],
-            str(r["chips"]),
-            r["point"].split()[-1],
-            "yes" if r["fits"] else "no",
-            f"{r['hbm_bytes'] / 2**30:.1f}",
-            f"{r['est_step_seconds']:.3f}",
-            f"{r['est_mfu']:.1%}",
-            f"{r['exposed_seconds'] / step:.1%}" if step else "-",
+            c["operation"],
+            c["axes"],
+            str(c["count"]),
+            f"{c['bytes'] / 2**20:,.0f}",
+            f"{c['seconds'] * 1e3:.1f}",
+            f"{c['exposed'] * 1e3:.1f}",
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", "![Clips a second over chips](scaling.png)", ""])
+        for c in r["collectives"]
+        if c["seconds"] > r["est_step_seconds"] / 1000
+    ]
 
 
 def draw(records: list[dict[str, Any]], path: Path) -> None:

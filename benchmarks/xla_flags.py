@@ -1,11 +1,13 @@
 """Which options of XLA make the training step faster on TPUs, by their compiler?
 
-    python -m benchmarks.xla_flags [--only NAME ...] [--config C] [--topology v5e:4x4] [--clips 16]
+    python -m benchmarks.xla_flags [--only NAME ...] [--config C] [--topology v5e:4x4] [--fsdp 4]
+        [--clips 16] [--config.key=value ...]
 
-Compiles the training step of a config once with each row of FLAGS, beside none, for a pod that is
-not there, and prints estimated cycles, what of the communication they do not hide, both as seconds
-a step, and memory. `--out FILE` keeps the rows, so that a run that was cut off goes on. What won is
-in `walt_jax/parallel/compiler.py`. A row takes minutes.
+Compiles the training step of a config without options, with those that were chosen
+(`walt_jax/parallel/compiler.py`), and with these and a row of MORE, for a pod that is not there,
+and prints estimated cycles, what of the communication they do not hide, both as seconds a step, and
+memory. `--out FILE` keeps the rows, so that a run that was cut off goes on. A row takes minutes,
+whatever the number of layers.
 """
 
 import argparse
@@ -23,8 +25,7 @@ from walt_jax.rehearsal.chips import Topology
 from walt_jax.rehearse import run
 from walt_jax.training.experiment import Experiment
 
-FLAGS: dict[str, dict[str, bool | int | str]] = {
-    "none": {},
+MORE: dict[str, dict[str, bool | int | str]] = {
     # More of the on-chip memory for one operation; the default is 16 MiB.
     "vmem 64 MiB": {"xla_tpu_scoped_vmem_limit_kib": 65536},
     # Gathered weights arrive while matrices are multiplied, as steps of one fused operation.
@@ -41,9 +42,10 @@ FLAGS: dict[str, dict[str, bool | int | str]] = {
         "xla_tpu_enable_data_parallel_all_reduce_opt": True,
         "xla_tpu_data_parallel_opt_different_sized_ops": True,
     },
-    "no windowed scatters": {"xla_tpu_enable_windowed_einsum_for_reduce_scatter": False},
     "scheduler's features": {"xla_tpu_enable_all_experimental_scheduler_features": True},
 }
+FLAGS = {"none": {}, "chosen": dict(compiler.TPU)}
+FLAGS |= {name: compiler.TPU | options for name, options in MORE.items()}
 
 
 def main() -> None:
@@ -53,6 +55,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=FLAGS, default=list(FLAGS), metavar="NAME")
     parser.add_argument("--config", default="configs/walt_ucf101.py:l")
     parser.add_argument("--topology", default="v5e:4x4")
+    parser.add_argument("--fsdp", type=int, default=4, help="the other chips are data's")
     parser.add_argument("--clips", type=int, default=16, help="a chip")
     parser.add_argument("--out", type=Path, help="JSON lines; what is there is not compiled again")
     args, overrides = cli.parse(parser)
@@ -62,7 +65,7 @@ def main() -> None:
     topology = Topology.parse(args.topology)
     values = config_lib.load(args.config, overrides)
     values["batch_size"] = args.clips * topology.chips
-    values["mesh"] = {"data": 1, "fsdp": topology.chips}
+    values["mesh"] = {"data": topology.chips // args.fsdp, "fsdp": args.fsdp}
     experiment = config_lib.build(Experiment, values)
     print(f"{args.config} on {args.topology}, {args.clips} clips a chip; the compiler's estimates")
     for name in args.only:

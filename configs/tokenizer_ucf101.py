@@ -8,7 +8,7 @@
 images, as the paper does, train `configs/tokenizer_imagenet.py:for_video` (for `lfq`:
 `for_video_lfq`) and add `--config.task.init_from=WORKDIR`.
 
-Hardware: a TPU pod, say `--config.mesh.fsdp=128` for two clips a chip; never run by us at this
+Hardware: a TPU pod of 128 chips, `--config.mesh.fsdp=16`, two clips a chip; never run by us at this
 size. By the TPU compiler's estimate encode and decode of a clip with their gradients take 0.32 s of
 a v5e, 1700 chip-hours in all, and 4.3 GiB of activations (2.0 with --config.task.model.remat=True);
 the discriminator's and the perceptual network's are not in these figures. Warm-up is one epoch, as

@@ -17,7 +17,7 @@ patches instead: full attention as in Sora, sizes cut to 16 pixels (multiple=16,
 images too, and in the beginning a fifth of the tokens dropped. `buckets` trains on batches of one
 shape: its table is that of `encode` (`python -m walt_jax.data.buckets` suggests one).
 
-Hardware: a TPU v5e-32, `--config.mesh.fsdp=32`; neither run nor measured by us at this size.
+Hardware: a TPU v5e-32, `--config.mesh.fsdp=8`; neither run nor measured by us at this size.
 Expect no number: none is published. docs/data.md has what packing pads and cuts off.
 Variants: `tokens`, `buckets`; `debug` takes a few steps of a tiny network in seconds.
 """

@@ -13,7 +13,7 @@ low-resolution latents as `low`.
 1.3B parameters (40 layers of width 1408, patches of 2x2; table 8), no self-conditioning: the
 low-resolution latents are an estimate already.
 
-Hardware: a TPU pod, say `--config.mesh.fsdp=128`; neither run nor measured by us at this size.
+Hardware: a TPU pod, say `--config.mesh.fsdp=16`; neither run nor measured by us at this size.
 2.1e22 FLOPs, 73,000 chip-hours of TPU v5e at 40 % of its peak, if that is reached. Two thirds of
 them are the tokenizer's, which encodes the clips anew in every step.
 Expect no number: the paper scores its base models only.

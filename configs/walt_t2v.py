@@ -32,9 +32,10 @@ Higher resolutions are `configs/walt_sr1.py`'s and `configs/walt_sr2.py`'s.
 Without T5's files there is `:bytes`: a byte-level transformer of 2048 features, 102M parameters,
 trained jointly in its place. What it understands of a text it learns from these captions alone.
 
-Hardware: a TPU pod, `:3b` with parameters over `--config.mesh.fsdp=128`; neither run nor measured
-by us at this size. 1.5e21 FLOPs for L, 1.1e22 for 3B, self-conditioning's pass included, T5's
-not: 5400 and 39,000 chip-hours of TPU v5e at 40 % of its peak, if that is reached.
+Hardware: a TPU pod, `:3b` with parameters over `--config.mesh.fsdp=16`; never run by us at this
+size, docs/scaling.md has the compiler's estimates. 1.5e21 FLOPs for L, 1.1e22 for 3B,
+self-conditioning's pass included, T5's not: 5400 and 39,000 chip-hours of TPU v5e at 40 % of its
+peak, if that is reached.
 Expect an FVD of 344.5 and an IS of 31.7 on UCF-101 zero-shot from L, 258.1 and 35.1 from 3B
 (table 5, with guidance of a strength that the paper does not give), from 89M videos and 970M
 images with captions; less from other data.

@@ -13,10 +13,10 @@ by --label-from-folder. A clip's latents take 20 KB, so 16 clips of each video 3
 `--config.data.path` may also be the prepared videos: then clips are cut anew in every step, and
 encoding them about doubles its work.
 
-Hardware: a TPU slice, say `--config.mesh.fsdp=32` for eight clips a chip; neither run nor measured
-by us at this size. XL's matrix products come to 7e19 FLOPs, self-conditioning's pass included,
-recomputation and the tokenizer not: 260 chip-hours of TPU v5e at 40 % of its peak, if that is
-reached.
+Hardware: a TPU slice of 32 chips, `--config.mesh.fsdp=8`, eight clips a chip; never run by us at
+this size, docs/scaling.md has the compiler's estimates. XL's matrix products come to 7e19 FLOPs,
+self-conditioning's pass included, recomputation and the tokenizer not: 260 chip-hours of TPU v5e at
+40 % of its peak, if that is reached.
 Expect an FVD of 36 from XL and of 46 from L without guidance (table 1), both +-2, and 34.6 from L
 with separate adaLN (table 4). The paper does not say of how many samples; it compares with MAGVIT's
 numbers, so presumably by MAGVIT's protocol. A score depends on that and on the tokenizer.

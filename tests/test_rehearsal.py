@@ -40,6 +40,21 @@ def test_bytes_of_collectives(text, operation, moved):
     assert (instruction.operation, instruction.bytes) == (operation, moved)
 
 
+def test_a_fused_sum_and_slice_is_a_reduce_scatter():
+    module = Module(
+        "%all-reduce-scatter.1 (x: bf16[64,128]) -> bf16[16,128] {\n"
+        "  %sum = bf16[64,128]{1,0:T(8,128)} all-reduce(%x), replica_groups={{0,1,2,3},{4,5,6,7}}\n"
+        "  ROOT %part = bf16[16,128]{1,0} dynamic-slice(%sum, %i), dynamic_slice_sizes={16,128}\n"
+        "}\n"
+        "ENTRY %main (x: bf16[64,128]) -> bf16[16,128] {\n"
+        "  ROOT %f = bf16[16,128]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1\n"
+        "}\n"
+    )
+    (fusion,) = module.computations[module.entry]
+    (found,) = (i for i in module.inside(fusion) if i.is_collective)
+    assert (found.operation, found.bytes) == ("reduce-scatter", 16 * 128 * 2)
+
+
 def test_kinds():
     module = Module(
         "%inside (x: f32[8]) -> f32[8] {\n"
@@ -84,6 +99,12 @@ def test_loops_multiply_and_relayouts_are_found():
         ("f32[8] all-reduce(%x), replica_groups={{0,2},{1,3}}", [0, 2]),
         ("f32[8] all-gather(%x), replica_groups=[2,4]<=[8]", [0, 1, 2, 3]),
         ("f32[8] all-gather(%x), replica_groups=[4,2]<=[2,4]T(1,0)", [0, 4]),
+        ("f32[8] all-gather(%x), replica_groups=mesh['a'=2,'b'=4] {'b'}", [0, 1, 2, 3]),
+        (
+            "f32[8] all-reduce(%x), replica_groups=mesh['a'=2,'b'=4], "
+            "device_ids=([4,2]T(1,0)) {'a'}",
+            [0, 1],
+        ),
         ("f32[8] collective-permute(%x), source_target_pairs={{0,3},{3,0}}", [0, 3]),
     ],
 )
@@ -188,7 +209,7 @@ def test_kernels_are_priced_on_few_videos(monkeypatch):
     kernels = {name: Instruction(name, text) for name in names}
     found = attention_prices.AttentionPrices(model, "v5e")(kernels)
     assert found == {names[0]: 50 + 100 * 16 * 2}
-    assert seen[0] == ((1, 5, 8, 16, 1024), 64, model.relative_bias, True, False, "v5e")
+    assert seen[0] == ((2, 5, 8, 16, 1024), 64, model.relative_bias, True, False, "v5e")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ same on W.A.L.T's linear betas. Text is read by a byte-level transformer of 1024
 parameters, trained jointly. Here all clips have one shape; `configs/walt_any_size.py:tokens` packs
 patches of many sizes, lengths and aspects into one batch.
 
-Hardware: a TPU pod, `--config.mesh.fsdp=128`; neither run nor measured by us at this size. 400,000
+Hardware: a TPU pod, `--config.mesh.fsdp=16`; neither run nor measured by us at this size. 400,000
 steps of 256 clips and as many images (our choice) come to 3e21 FLOPs, 10,600 chip-hours of TPU v5e
 at 40 % of its peak, if that is reached; `causal` to 6000.
 Expect no number: none is published.

@@ -29,7 +29,7 @@ gradients clipped to 1; later versions have rectified flow (`flow`). T5 is not i
 a byte-level transformer of 1024 features, 26M parameters, is trained jointly in its place. Lengths,
 batches and the learning rate of stage 1 are ours.
 
-Hardware: a TPU slice, `--config.mesh.fsdp=32`; neither run nor measured by us at this size. The
+Hardware: a TPU slice, `--config.mesh.fsdp=8`; neither run nor measured by us at this size. The
 100,000 steps of stage 2 come to 4.5e20 FLOPs, 1600 chip-hours of TPU v5e at 40 % of its peak, if
 that is reached.
 Expect no number: Open-Sora 1.0 reports none.

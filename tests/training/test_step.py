@@ -160,6 +160,28 @@ def test_a_tokenizer_gathers_its_weights_and_a_denoiser_keeps_tensor():
     assert len(kept) == 2 * 5  # a layer's matrices, but that of queries, keys and values
 
 
+def test_gradients_of_gathered_weights_lie_as_the_weights():
+    """A constraint's own transpose would make every device hold the whole gradient first."""
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    network, layout = DENOISER.network, Layout(mesh)
+    shapes = network.shapes()
+    shardings = state_shardings(shapes, mesh)
+    z, t = jnp.zeros((8, 3, 4, 4, 8)), jnp.zeros((8,), jnp.int32)
+    gradient = jax.jit(
+        jax.grad(lambda p: network.bind(p)(z, t, Conditions(label=t), layout).sum()),
+        in_shardings=(shardings,),
+    )
+    found = gradient.lower(shapes).compile().output_shardings
+    layers = [tree["stages"][0]["layers"] for tree in (shardings, found, shapes)]
+    named = jax.tree_util.tree_leaves_with_path(layers[0])
+    kernels = 0
+    for (path, ours), theirs, leaf in zip(named, *map(jax.tree.leaves, layers[1:])):
+        if "'kernel'" in jax.tree_util.keystr(path) and not ours.is_fully_replicated:
+            assert theirs.is_equivalent_to(ours, leaf.ndim), path
+            kernels += 1
+    assert kernels
+
+
 def test_tensor_moves_no_activations_between_queries_keys_and_values():
     """Parts of a weight at most, which are split as the activations lie."""
     mesh = make_mesh(MeshConfig(data=4, fsdp=1, tensor=2))

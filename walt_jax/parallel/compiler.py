@@ -1,12 +1,17 @@
 """Options of XLA that training steps are compiled with, for real chips and in rehearsals.
 
-The place for what `python -m benchmarks.xla_flags` shows to pay; none has been chosen yet. Whatever
-LIBTPU_INIT_ARGS or XLA_FLAGS say of other options holds as well.
+The place for what `python -m benchmarks.xla_flags` shows to pay, with its reason; figures are in
+docs/rehearse.md. Whatever LIBTPU_INIT_ARGS or XLA_FLAGS say of other options holds as well.
 """
 
 from jax.sharding import Mesh
 
-TPU: dict[str, bool | int | str] = {}
+TPU: dict[str, bool | int | str] = {
+    # Else a product whose sum is scattered is divided into as many products of a part of the rows,
+    # each sent on while the next is computed: nothing is left to hide, but small products take
+    # nearly twice the cycles.
+    "xla_tpu_enable_windowed_einsum_for_reduce_scatter": False,
+}
 
 
 def compiler_options(mesh: Mesh) -> dict[str, bool | int | str]:

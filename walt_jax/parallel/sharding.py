@@ -1,6 +1,8 @@
 """Which array lies where: ordered regex rules, path -> PartitionSpec."""
 
 import dataclasses
+import functools
+import itertools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -18,10 +20,12 @@ PyTree = Any
 # have the parameter's path in theirs, so that the same rules place them.
 RULES: tuple[tuple[str, P], ...] = (
     (r"(^|/)v_(row|col)/", P()),  # adafactor's moments: one axis less than their parameters
-    # Their columns are parts for queries, keys and values, each divided over tensor when gathered.
+    # Rows are divided over fsdp, never columns: a TPU holds 128 columns together, and shards of
+    # fewer are gathered and summed whole. Columns of these two are parts for queries, keys and
+    # values, each divided over tensor when gathered.
     (r"(qkv|kv)/kernel$", P(("fsdp", "tensor"), None)),
     (r"up/kernel$", P("fsdp", "tensor")),
-    (r"(out|down)/kernel$", P("tensor", "fsdp")),
+    (r"(out|down)/kernel$", P(("tensor", "fsdp"), None)),
     (r"kernel$", P("fsdp", "tensor")),
     (r"embedding$", P(None, "fsdp")),
     (r"", P()),
@@ -143,8 +147,8 @@ class Layout:
     def gather(self, params: PyTree, dtype: jnp.dtype, keep: Sequence[str] = ()) -> PyTree:
         """Casts kernels to `dtype`, then gathers them, just before they are used.
 
-        In this order half of the bytes travel. Vectors stay in float32: they are small, and
-        biases, norms and tables are used in float32.
+        In this order half of the bytes travel. Gradients are scattered as they are summed. Vectors
+        stay in float32: they are small, and biases, norms and tables are used in float32.
 
         Args:
           params: of a network, or a part of one.
@@ -162,11 +166,43 @@ class Layout:
             if self.mesh is None:
                 return leaf
             spec = next(spec for pattern, spec in RULES if re.search(pattern, name))
-            kept = P(*(e if e in keep else None for e in spec))
-            sharding = NamedSharding(self.mesh, fit(kept, leaf.shape, self.mesh))
-            return jax.lax.with_sharding_constraint(leaf, sharding)
+            kept = P(*(_leading(e, keep) for e in spec))
+            lies, used = (
+                NamedSharding(self.mesh, fit(s, leaf.shape, self.mesh)) for s in (spec, kept)
+            )
+            return _gathered(leaf, lies, used)
 
         return jax.tree_util.tree_map_with_path(one, params)
+
+
+def _leading(entry: Any, keep: Sequence[str]) -> Any:
+    """What an axis stays divided over once the mesh axes that are not kept are gathered."""
+    axes = (entry,) if isinstance(entry, str) else tuple(entry or ())
+    return tuple(itertools.takewhile(lambda axis: axis in keep, axes)) or None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gathered(kernel: jax.Array, lies: NamedSharding, used: NamedSharding) -> jax.Array:
+    """A kernel as it is used; its gradient as it lies.
+
+    A constraint's own transpose would ask for the whole gradient on every device, twice the bytes.
+    """
+    return jax.lax.with_sharding_constraint(kernel, used)
+
+
+def _gathered_forward(
+    kernel: jax.Array, lies: NamedSharding, used: NamedSharding
+) -> tuple[jax.Array, None]:
+    return _gathered(kernel, lies, used), None
+
+
+def _gathered_backward(
+    lies: NamedSharding, used: NamedSharding, _: None, gradient: jax.Array
+) -> tuple[jax.Array]:
+    return (jax.lax.with_sharding_constraint(gradient, lies),)
+
+
+_gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
 def local_rows(sharding: NamedSharding, batch_size: int) -> tuple[int, int]:

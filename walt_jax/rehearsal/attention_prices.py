@@ -16,6 +16,8 @@ from walt_jax.rehearsal.hlo import Instruction
 
 _NAME = re.compile(r"window_attention_(\d+)x(\d+)x(\d+)(_grid)?(?:_(\d+)_more)?(_gradient)?")
 
+_WINDOWS = 4  # priced, and twice as many
+
 
 @dataclasses.dataclass(frozen=True)
 class AttentionKernel:
@@ -60,11 +62,12 @@ class AttentionKernel:
 
 
 class AttentionPrices:
-    """Prices kernels on one and two small videos, whose work is the same, and goes on linearly.
+    """Prices kernels on few videos and on twice as many, and goes on linearly.
 
     The compiler walks through a kernel's whole grid, and gives no cycles of one that copies several
-    pieces of an array that lie far apart. So videos are cut to one window's height, which changes
-    neither the windows nor how many of them a step of the kernel has.
+    pieces of an array that lie far apart. So videos are cut to one window's frames and height,
+    which changes neither the windows nor how many of them a step of the kernel has. Of windows
+    there are 4 and 8: enough for steps of two on each of two cores.
     """
 
     def __init__(self, model: DenoiserConfig, chip: str) -> None:
@@ -81,22 +84,21 @@ class AttentionPrices:
         return found
 
     def _price(self, kernel: AttentionKernel) -> int | None:
-        """From one video and two, as some work is done once a kernel."""
-        _, frames, _, columns, d = kernel.shape
-        few = []
-        for videos in (1, 2):
-            shape = (videos, frames, kernel.block[1], columns, d)
+        """From few videos and twice as many, as some work is done once a kernel."""
+        (frames, rows, width), columns, d = kernel.block, *kernel.shape[3:]
+        videos = max(2, _WINDOWS * width // columns)
+        found = []
+        for number in (videos, 2 * videos):
+            shape = (number, frames, rows, columns, d)
             small = dataclasses.replace(kernel, shape=shape, gradient=False)
             bias = self._model.relative_bias and kernel.has_grid and not kernel.extra
             options = bias, self._model.qk_norm, self._model.causal
             cycles = _cycles(small, self._head_width, *options, self._chip)
-            few.append(cycles["gradient" if kernel.gradient else "forward"])
-        videos = kernel.windows / (small.windows / 2)
-        if few[0] is None:
+            found.append((small.windows, cycles["gradient" if kernel.gradient else "forward"]))
+        (few, cost), (more, higher) = found
+        if cost is None or higher is None:
             return None
-        # A step that reads windows of two videos has no price: then all is as often as in one.
-        each = few[0] if few[1] is None else few[1] - few[0]
-        return round(few[0] + each * (videos - 1))
+        return round(cost + (higher - cost) * (kernel.windows - few) / (more - few))
 
 
 @functools.cache

@@ -15,10 +15,16 @@ _KERNEL = 'custom_call_target="tpu_custom_call"'
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """A line of HLO, `%name = text`."""
+    """A line of HLO, `%name = text`.
+
+    Attributes:
+      scatters: whether a device keeps its part alone of what is summed: the TPU compiler writes a
+        reduce-scatter as a fused all-reduce and a slice of it.
+    """
 
     name: str
     text: str
+    scatters: bool = False
 
     @property
     def is_kernel(self) -> bool:
@@ -35,6 +41,8 @@ class Instruction:
     def operation(self) -> str:
         """`fusion` of `%name = f32[8]{0} fusion(...)`."""
         found = re.search(r"[\])}] ([a-z][\w\-]*)\(", self.text)
+        if self.scatters and found and found[1] == "all-reduce":
+            return "reduce-scatter"
         return found[1] if found else ""
 
     @property
@@ -44,13 +52,18 @@ class Instruction:
 
     @property
     def bytes(self) -> int:
-        """Of the result; an asynchronous start gives its operands too, which do not count."""
-        result = self.text.split(f" {self.operation}(")[0]
+        """Of the result; an asynchronous start gives its operands too, which do not count.
+
+        Of a fused reduce-scatter, a device's part.
+        """
+        result = re.split(r" [a-z][\w\-]*\(", self.text)[0]
         arrays = [
             int(bits) // 8 * math.prod(map(int, sizes.split(",")))
             for bits, sizes in re.findall(r"\b[a-z]+(\d+)\w*\[([\d,]+)\]", result)
         ]
-        return sum(arrays[len(arrays) // 2 :] if self.operation.endswith("-start") else arrays)
+        total = sum(arrays[len(arrays) // 2 :] if self.operation.endswith("-start") else arrays)
+        parted = self.scatters and self.operation == "reduce-scatter"
+        return total // (len(self.group()) or 1) if parted else total
 
     @property
     def kernel(self) -> str:
@@ -78,19 +91,27 @@ class Instruction:
         """The devices that a collective joins, of one group; empty where it does not say."""
         if found := re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}", self.text):
             return [int(n) for n in found[1].split(",")]
-        pattern = r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?"
+        pattern = r"replica_groups=\[(\d+),(\d+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)"
         if found := re.search(pattern, self.text):
-            sizes = [int(n) for n in found[3].split(",")]
-            order = [int(n) for n in found[4].split(",")] if found[4] else range(len(sizes))
-            devices = np.arange(math.prod(sizes)).reshape(sizes).transpose(list(order))
+            devices = _devices(found[3])
             return devices.reshape(int(found[1]), int(found[2]))[0].tolist()
-        if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", self.text):
+        pattern = r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((\S+)\))? \{([^}]*)\}"
+        if found := re.search(pattern, self.text):
             sizes = dict(re.findall(r"'([\w.]+)'=(\d+)", found[1]))
-            joined = re.findall(r"'([\w.]+)'", found[2])
+            joined = re.findall(r"'([\w.]+)'", found[3])
             places = tuple(slice(None) if axis in joined else 0 for axis in sizes)
-            devices = np.arange(math.prod(map(int, sizes.values())))
-            return devices.reshape([int(n) for n in sizes.values()])[places].ravel().tolist()
+            shape = [int(n) for n in sizes.values()]
+            devices = _devices(found[2]) if found[2] else np.arange(math.prod(shape))
+            return devices.reshape(shape)[places].ravel().tolist()
         return []
+
+
+def _devices(text: str) -> np.ndarray:
+    """The devices of "[4,2]T(1,0)": so many, laid out so, then transposed."""
+    sizes, _, order = text.rstrip(")").partition("T(")
+    shape = [int(n) for n in sizes.strip("[]").split(",")]
+    devices = np.arange(math.prod(shape)).reshape(shape)
+    return devices.transpose([int(n) for n in order.split(",")]) if order else devices
 
 
 class Module:
@@ -101,10 +122,11 @@ class Module:
         for line in text.splitlines():
             if header := re.match(r"(ENTRY )?%([\w.\-]+) \(.*\{$", line):
                 body = self.computations[header[2]] = []
+                scatters = header[2].startswith("all-reduce-scatter")
                 if header[1]:
                     self.entry = header[2]
             elif found := re.match(r"  (?:ROOT )?%([\w.\-]+) = (.*)", line):
-                body.append(Instruction(found[1], found[2]))
+                body.append(Instruction(found[1], found[2], scatters))
 
     def inside(self, instruction: Instruction) -> Iterator[Instruction]:
         """The instruction, and those of the fusion that it calls."""
