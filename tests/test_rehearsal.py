@@ -1,5 +1,6 @@
 """What is read from a compiled TPU module: kinds of instructions, bytes of collectives."""
 
+import math
 from pathlib import Path
 
 import jax
@@ -15,7 +16,8 @@ from walt_jax.rehearsal.attention_prices import AttentionKernel
 from walt_jax.rehearsal.chips import Topology
 from walt_jax.rehearsal.estimate import _moved
 from walt_jax.rehearsal.hlo import Instruction, Module
-from walt_jax.rehearsal.report import read
+from walt_jax.rehearsal.report import Report, read
+from walt_jax.rehearsal.search import candidates, table
 from walt_jax.rehearsal.steps import batches, steps
 from walt_jax.training.experiment import Experiment
 
@@ -210,6 +212,26 @@ def test_kernels_are_priced_on_few_videos(monkeypatch):
     found = attention_prices.AttentionPrices(model, "v5e")(kernels)
     assert found == {names[0]: 50 + 100 * 16 * 2}
     assert seen[0] == ((2, 5, 8, 16, 1024), 64, model.relative_bias, True, False, "v5e")
+
+
+def test_a_search_has_parameters_along_a_side_and_ranks_by_the_whole_step():
+    values = {"task": {"model": {"kept": ()}}}
+    slices = Topology.parse("v5e:4x8", 2)
+    meshes = [found["mesh"] for found in candidates(values, slices, "train")]
+    assert meshes and all(math.prod(mesh.values()) == slices.chips for mesh in meshes)
+    assert {m["fsdp"] * m["tensor"] * m["context"] for m in meshes} == {8}
+
+    def report(name, fits, share, exposed):
+        about = {"mesh": {"fsdp": 8}, "hbm_bytes": 1, "hbm_limit_bytes": 2, "compile_seconds": 0.0}
+        times = {"est_mfu": share, "est_step_seconds": 1.0, "exposed_seconds": exposed}
+        return Report(name, "v5e:4x8", fits=fits, **about, **times)
+
+    reports = (
+        report("big", False, 0.9, 0),
+        report("sends", True, 0.6, 1),
+        report("best", True, 0.5, 0),
+    )
+    assert [line.split()[1] for line in table(reports)[1:]] == ["best", "sends", "big"]
 
 
 @pytest.mark.parametrize(

@@ -100,13 +100,12 @@ def _search(
 
 
 def _mesh(args: argparse.Namespace, topology: Topology) -> MeshConfig:
-    """AXIS=N ...; by default slices on `data` and the chips of a slice on `fsdp`."""
+    """AXIS=N ...; by default the chips of a slice's longest side on `fsdp`, all else on `data`."""
     if args.job != "train":
         if args.mesh:
             raise UserError(f"--job {args.job} has every chip on the data axis: leave --mesh out.")
         return MeshConfig()
-    per_slice = topology.chips // topology.slices
-    given = args.mesh or [f"data={topology.slices}", f"fsdp={per_slice}"]
+    given = args.mesh or [f"data={topology.chips // topology.side}", f"fsdp={topology.side}"]
     found = dict(size.partition("=")[::2] for size in given)
     if not set(found) <= set(AXES) or not all(n.lstrip("-").isdigit() for n in found.values()):
         raise UserError(f"--mesh takes {', '.join(AXES)}, such as fsdp=16; got {' '.join(given)}.")
@@ -123,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--topology", required=True, metavar="KIND:AxB", help="such as v5e:16x16")
     parser.add_argument("--num_slices", type=int, default=1)
     parser.add_argument(
-        "--mesh", nargs="+", metavar="AXIS=N", help="default: fsdp in a slice, data across slices"
+        "--mesh", nargs="+", metavar="AXIS=N", help="default: fsdp along a slice's longest side"
     )
     parser.add_argument("--clips", type=int, help="a chip; default: the config's batch_size")
     parser.add_argument("--job", choices=KINDS, default="train")

@@ -110,6 +110,15 @@ class Topology:
         """Of all slices."""
         return math.prod(self.shape) * self.slices
 
+    @property
+    def side(self) -> int:
+        """Chips along the longest axis of a slice's torus.
+
+        A good size of `fsdp`: the compiler scatters sums among chips of a row, not among those of a
+        whole slice.
+        """
+        return max(self.shape)
+
     def __str__(self) -> str:
         text = f"{self.kind}:{'x'.join(map(str, self.shape))}"
         return text if self.slices == 1 else f"{self.slices} slices of {text}"

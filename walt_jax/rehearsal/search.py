@@ -15,18 +15,17 @@ _CLIPS = (4, 8, 16, 32)
 def candidates(values: dict[str, Any], topology: Topology, job: str) -> Iterator[dict[str, Any]]:
     """Configs to compile: values with other meshes, clips a chip, and kept activations.
 
-    Meshes have the slices on `data`; within a slice `fsdp` takes what `tensor` and `context`, of 1
-    or 2 each, leave.
+    Along a slice's longest side `fsdp` takes what `tensor` and `context`, of 1 or 2 each, leave;
+    `data` has the rest.
     """
-    per_slice = topology.chips // topology.slices
     policies = _KEPT if job == "train" and "kept" in values["task"]["model"] else ((),)
     for tensor, context in itertools.product((1, 2), repeat=2):
-        if per_slice % (tensor * context):
+        if topology.side % (tensor * context):
             continue
         for clips, kept in itertools.product(_CLIPS, policies):
             changed = copy.deepcopy(values)
-            fsdp = per_slice // (tensor * context)
-            changed["mesh"] = {"data": topology.slices, "fsdp": fsdp}
+            fsdp = topology.side // (tensor * context)
+            changed["mesh"] = {"data": topology.chips // topology.side, "fsdp": fsdp}
             changed["mesh"] |= {"tensor": tensor, "context": context}
             changed["batch_size"] = clips * topology.chips
             if kept:
@@ -35,8 +34,12 @@ def candidates(values: dict[str, Any], topology: Topology, job: str) -> Iterator
 
 
 def table(reports: Sequence[Report]) -> list[str]:
-    """What fits, best first, then what does not."""
-    ranked = sorted(reports, key=lambda r: (not r.fits, -r.est_mfu))
+    """What fits, best first, communication that is not hidden included; then what does not."""
+
+    def share(r: Report) -> float:
+        return r.est_mfu * r.est_step_seconds / ((r.est_step_seconds + r.exposed_seconds) or 1.0)
+
+    ranked = sorted(reports, key=lambda r: (not r.fits, -share(r)))
     out = [f"{'mesh':<34}{'step':<44}{'fits':>5}{'GiB':>8}{'MFU':>8}{'s':>9}{'exposed s':>11}"]
     for r in ranked:
         mesh = " ".join(f"{axis}={n}" for axis, n in r.mesh.items() if n > 1) or "one chip"
