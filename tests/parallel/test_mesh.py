@@ -25,6 +25,17 @@ class _Chip:
         return place % 2, place // 2, 0
 
 
+@dataclasses.dataclass(frozen=True)
+class _Placed(_Chip):
+    """One of a slice of 4 x 8 x 8 chips."""
+
+    slice_index: int = 0
+
+    @property
+    def coords(self):
+        return self.id % 4, self.id // 4 % 8, self.id // 32
+
+
 def _chips(slices, each):
     return [_Chip(s * each + i, s) for s in range(slices) for i in range(each)]
 
@@ -39,3 +50,11 @@ def test_slices_divide_data():
 def test_slices_that_would_share_more_than_gradients_are_refused():
     with pytest.raises(UserError, match=r"data=1 must be a multiple of the 2 slices"):
         make_mesh(MeshConfig(data=1, fsdp=8), _chips(2, 4))
+
+
+def test_sizes_that_are_no_products_of_a_slices_sides_are_a_mesh_too():
+    chips = [_Placed(i) for i in range(256)]
+    for data, fsdp in ((32, 8), (16, 16)):
+        mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp), chips)
+        assert dict(mesh.shape) == {"data": data, "fsdp": fsdp, "tensor": 1, "context": 1}
+        assert {chip.id for chip in mesh.devices.flat} == set(range(256))

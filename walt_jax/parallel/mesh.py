@@ -72,7 +72,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     types = (AxisType.Auto,) * len(AXES)
     slices = len({getattr(d, "slice_index", 0) for d in devices if d.platform == "tpu"} or {0})
     if slices == 1:
-        return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
+        try:
+            return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
+        except NotImplementedError:  # sizes that are no products of the torus's sides
+            grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+            return Mesh(grid, AXES, axis_types=types)
     if sizes[0] % slices:
         raise UserError(
             f"config.mesh.data={sizes[0]} must be a multiple of the {slices} slices: they send "
