@@ -17,15 +17,17 @@ from pathlib import Path
 from unittest import mock
 
 import jax
+from jax.sharding import Mesh
 
 from walt_jax import cli
 from walt_jax import config as config_lib
 from walt_jax.parallel import compiler
 from walt_jax.rehearsal.chips import Topology
 from walt_jax.rehearse import run
+from walt_jax.training import program
 from walt_jax.training.experiment import Experiment
 
-MORE: dict[str, dict[str, bool | int | str]] = {
+MORE: dict[str, compiler.Options] = {
     # More of the on-chip memory for one operation; the default is 16 MiB.
     "vmem 64 MiB": {"xla_tpu_scoped_vmem_limit_kib": 65536},
     # Gathered weights arrive while matrices are multiplied, as steps of one fused operation.
@@ -44,15 +46,14 @@ MORE: dict[str, dict[str, bool | int | str]] = {
     },
     "scheduler's features": {"xla_tpu_enable_all_experimental_scheduler_features": True},
 }
-FLAGS = {"none": {}, "chosen": dict(compiler.TPU)}
-FLAGS |= {name: compiler.TPU | options for name, options in MORE.items()}
+ROWS = ("none", "chosen", *MORE)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", nargs="+", choices=FLAGS, default=list(FLAGS), metavar="NAME")
+    parser.add_argument("--only", nargs="+", choices=ROWS, default=ROWS, metavar="NAME")
     parser.add_argument("--config", default="configs/walt_ucf101.py:l")
     parser.add_argument("--topology", default="v5e:4x4")
     parser.add_argument("--fsdp", type=int, default=4, help="the other chips are data's")
@@ -78,7 +79,12 @@ def main() -> None:
 
 
 def _row(name: str, experiment: Experiment, topology: Topology) -> dict:
-    with mock.patch.dict(compiler.TPU, FLAGS[name], clear=True):
+    chosen = program.compiler_options
+
+    def options(mesh: Mesh) -> compiler.Options:
+        return {} if name == "none" else chosen(mesh) | MORE.get(name, {})
+
+    with mock.patch.object(program, "compiler_options", options):
         try:
             (report,) = run(experiment, topology, topology.devices(), "train")
         except jax.errors.JaxRuntimeError as e:  # this libtpu has no such option, or cannot
