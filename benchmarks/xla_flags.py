@@ -4,10 +4,10 @@
         [--clips 16] [--config.key=value ...]
 
 Compiles the training step of a config without options, with those that were chosen
-(`walt_jax/parallel/compiler.py`), and with these and a row of MORE, for a pod that is not there,
-and prints estimated cycles, what of the communication they do not hide, both as seconds a step, and
-memory. `--out FILE` keeps the rows, so that a run that was cut off goes on. A row takes minutes,
-whatever the number of layers.
+(`walt_jax/parallel/compiler.py`), and with these but for a row of MORE, for a pod that is not
+there, and prints estimated cycles, what of the communication they do not hide, both as seconds a
+step, and memory. `--out FILE` keeps the rows, so that a run that was cut off goes on. A row takes
+minutes, whatever the number of layers.
 """
 
 import argparse
@@ -28,16 +28,10 @@ from walt_jax.training import program
 from walt_jax.training.experiment import Experiment
 
 MORE: dict[str, compiler.Options] = {
+    "windowed scatters": {"xla_tpu_enable_windowed_einsum_for_reduce_scatter": True},
+    "waited-for gathers": {"xla_tpu_enable_async_collective_fusion_fuse_all_gather": False},
     # More of the on-chip memory for one operation; the default is 16 MiB.
     "vmem 64 MiB": {"xla_tpu_scoped_vmem_limit_kib": 65536},
-    # Gathered weights arrive while matrices are multiplied, as steps of one fused operation.
-    "fused gathers": {
-        "xla_tpu_enable_async_collective_fusion": True,
-        "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
-        "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
-        "xla_tpu_overlap_compute_collective_tc": True,
-        "xla_enable_async_all_gather": True,
-    },
     "pipelined gathers": {"xla_tpu_enable_ag_backward_pipelining": True},
     # Sums of gradients over data leave the loop and are joined.
     "joined sums": {

@@ -16,12 +16,8 @@ from walt_jax.training.experiment import Experiment
 
 
 def test_options_are_those_of_the_devices():
-    def options(kind):
-        chip = SimpleNamespace(platform="tpu", device_kind=kind)
-        return compiler_options(SimpleNamespace(devices=np.array([[chip]])))
-
-    assert options("TPU v5 lite") == options("TPU v6 lite") == TPU
-    assert TPU.items() < options("TPU v5").items() == options("TPU v5p").items()
+    tpu = SimpleNamespace(devices=np.array([[SimpleNamespace(platform="tpu")]]))
+    assert compiler_options(tpu) == TPU
     assert compiler_options(make_mesh(MeshConfig())) == {}
 
 

@@ -13,22 +13,16 @@ TPU: Options = {
     # each sent on while the next is computed: nothing is left to hide, but small products take
     # nearly twice the cycles.
     "xla_tpu_enable_windowed_einsum_for_reduce_scatter": False,
-}
-# Weights of the next layer arrive while matrices are multiplied: by themselves on v5e and v6e, on
-# v5p products would wait for them.
-_WHILE_MULTIPLYING: Options = {
+    # Gathered weights arrive while matrices are multiplied. On v5e they do so by default, on v5p
+    # and v6e products would wait for them.
     "xla_tpu_enable_async_collective_fusion": True,
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
     "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
     "xla_tpu_overlap_compute_collective_tc": True,
     "xla_enable_async_all_gather": True,
 }
-V5P = ("TPU v5", "TPU v5p")  # as its chips call themselves; a v5e is a "TPU v5 lite"
 
 
 def compiler_options(mesh: Mesh) -> Options:
     """`compiler_options` of `jax.jit` for a mesh's devices."""
-    device = mesh.devices.flat[0]
-    if device.platform != "tpu":
-        return {}
-    return TPU | _WHILE_MULTIPLYING if device.device_kind in V5P else dict(TPU)
+    return dict(TPU) if mesh.devices.flat[0].platform == "tpu" else {}
