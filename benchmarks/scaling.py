@@ -102,12 +102,12 @@ def table(records: list[dict[str, Any]]) -> str:
         "",
         "## What takes the time",
         "",
-        "Shares of the estimated cycles, by kind of instruction and by part of the model; then how",
-        "much of the peak the products alone reach: what they compute again is not counted.",
+        "Shares of the estimated cycles, by kind of instruction and by part of the model; last, the",
+        "model's FLOPs over the cycles of products alone, what they compute again not counted.",
         "",
         *_rows(
             "| model | pod | products | attention kernels | fusions and the rest | copies | MLP |"
-            " attention | cross-attention | optimizer | others | peak in products |",
+            " attention | cross-attention | optimizer | others | MFU of products |",
             map(_parts, records),
         ),
         "",

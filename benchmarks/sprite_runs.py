@@ -1,7 +1,6 @@
 """What studies on sprite videos share: data and trainings that go on where they were cut off."""
 
 import dataclasses
-import itertools
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -80,13 +79,13 @@ def make_records(
     config: SpriteConfig,
     number: int,
     seed: int,
-    caption: Callable[[Row], str | None] | None = None,
+    caption: Callable[[Row], str] | None = None,
 ) -> Path:
     """Records of sprite videos in `folder`/records, made unless they are there.
 
     Args:
       folder, config, number, seed: as `write_sprites` takes them.
-      caption: of the truth about a video, instead of its own caption; None leaves it out.
+      caption: of the truth about a video, instead of its own caption.
     """
     videos, records = folder / "videos", folder / "records"
     if not (records / "report.json").exists():
@@ -96,8 +95,7 @@ def make_records(
         manifest = videos / "manifest.jsonl"
         if caption is not None:
             truths = map(json.loads, (videos / "truth.jsonl").read_text().splitlines())
-            told = ((truth["path"], caption(truth)) for truth in truths)
-            rows = [{"path": path, "caption": text} for path, text in told if text is not None]
+            rows = [{"path": truth["path"], "caption": caption(truth)} for truth in truths]
             manifest = videos / "captions.jsonl"
             manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
         prepare_dataset(manifest, records, overwrite=True)
@@ -132,27 +130,21 @@ def real_clips(
     *,
     seed: int,
     labels: Sequence[int] = (),
-    use: Callable[[SpriteVideo], bool] = lambda truth: True,
 ) -> tuple[np.ndarray, list[SpriteVideo]]:
     """New sprite videos as a denoiser knows them.
 
     Args:
       config, seed: which videos; generator: says how many frames, their size and rate.
       labels: classes that take turns; the config's own order without.
-      use: videos for which it is False are passed over.
 
     Returns:
       uint8 (N, T, H, W, 3), and the truth about their frames.
     """
     count, *size = generator.video_shape
     clips, truths = [], []
-    for i in itertools.count():
-        if len(clips) == number:
-            break
-        label = labels[len(clips) % len(labels)] if len(labels) else None
+    for i in range(number):
+        label = labels[i % len(labels)] if len(labels) else None
         video = sprite_video(config, seed, i, label)
-        if not use(video):
-            continue
         times = np.arange(len(video.frames)) / video.fps
         picks = clip_frames(times, count, generator.fps, 0.5)
         clips.append(fit_frames(video.frames[picks], tuple(size)))

@@ -56,7 +56,10 @@ def main() -> None:
     args, overrides = cli.parse(parser)
     jax.config.update("jax_platforms", "cpu")
     lines = args.out.read_text().splitlines() if args.out and args.out.exists() else []
-    done = {row["name"]: row for row in map(json.loads, lines)}
+    of = " ".join(
+        [args.config, args.topology, f"fsdp {args.fsdp}", f"{args.clips} clips", *overrides]
+    )
+    done = {row["name"]: row for row in map(json.loads, lines) if row["of"] == of}
     topology = Topology.parse(args.topology)
     values = config_lib.load(args.config, overrides)
     values["batch_size"] = args.clips * topology.chips
@@ -68,7 +71,7 @@ def main() -> None:
             done[name] = _row(name, experiment, topology)
             if args.out:
                 with args.out.open("a") as file:
-                    file.write(json.dumps(done[name]) + "\n")
+                    file.write(json.dumps(done[name] | {"of": of}) + "\n")
         print(_line(done[name], done.get("none")), flush=True)
 
 

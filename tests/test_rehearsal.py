@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -16,7 +17,7 @@ from walt_jax.rehearsal.attention_prices import AttentionKernel
 from walt_jax.rehearsal.chips import Topology
 from walt_jax.rehearsal.estimate import _moved
 from walt_jax.rehearsal.hlo import Instruction, Module
-from walt_jax.rehearsal.report import Report, read
+from walt_jax.rehearsal.report import Report, _seconds, read
 from walt_jax.rehearsal.search import candidates, table
 from walt_jax.rehearsal.steps import batches, steps
 from walt_jax.training.experiment import Experiment
@@ -106,6 +107,10 @@ def test_loops_multiply_and_relayouts_are_found():
             "f32[8] all-reduce(%x), replica_groups=mesh['a'=2,'b'=4], "
             "device_ids=([4,2]T(1,0)) {'a'}",
             [0, 1],
+        ),
+        (
+            "f32[8] all-reduce(%x), replica_groups=mesh['a'=2,'b'=2], device_ids=(0,4,1,5) {'b'}",
+            [0, 4],
         ),
         ("f32[8] collective-permute(%x), source_target_pairs={{0,3},{3,0}}", [0, 3]),
     ],
@@ -214,12 +219,28 @@ def test_kernels_are_priced_on_few_videos(monkeypatch):
     assert seen[0] == ((2, 5, 8, 16, 1024), 64, model.relative_bias, True, False, "v5e")
 
 
+@pytest.mark.parametrize(
+    ("group", "seconds"),
+    [
+        ([0, 1], 2 * 1e9 / 2 / 45e9),  # within a slice: an open row of links
+        ([0, 4], 2 * 1e9 / 2 / 3.125e9),  # the same chip of two slices
+        ([0, 1, 4, 5], 2 * 1e9 / 2 / 45e9 + 2 * 1e9 / 2 / 2 / 3.125e9),  # each chip its half
+    ],
+)
+def test_what_slices_share_crosses_the_network_in_parts(group, seconds):
+    devices = np.array([SimpleNamespace(slice_index=i // 4) for i in range(8)])
+    mesh = SimpleNamespace(devices=devices, size=8)
+    text = f"u8[1000000000] all-reduce(%x), replica_groups={{{{{','.join(map(str, group))}}}}}"
+    found = _seconds(Instruction("x", text), Topology.parse("v5e:2x2", 2), mesh)
+    assert found == pytest.approx(seconds)
+
+
 def test_a_search_has_parameters_along_a_side_and_ranks_by_the_whole_step():
     values = {"task": {"model": {"kept": ()}}}
     slices = Topology.parse("v5e:4x8", 2)
     meshes = [found["mesh"] for found in candidates(values, slices, "train")]
     assert meshes and all(math.prod(mesh.values()) == slices.chips for mesh in meshes)
-    assert {m["fsdp"] * m["tensor"] * m["context"] for m in meshes} == {8}
+    assert {m["fsdp"] * m["tensor"] * m["context"] for m in meshes} == {8, 32}
 
     def report(name, fits, share, exposed):
         about = {"mesh": {"fsdp": 8}, "hbm_bytes": 1, "hbm_limit_bytes": 2, "compile_seconds": 0.0}

@@ -58,3 +58,6 @@ def test_sizes_that_are_no_products_of_a_slices_sides_are_a_mesh_too():
         mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp), chips)
         assert dict(mesh.shape) == {"data": data, "fsdp": fsdp, "tensor": 1, "context": 1}
         assert {chip.id for chip in mesh.devices.flat} == set(range(256))
+    slices = [dataclasses.replace(chip, slice_index=s) for s in range(2) for chip in chips]
+    mesh = make_mesh(MeshConfig(data=32, fsdp=16), slices)
+    assert {chip.slice_index for chip in mesh.devices[:16].flat} == {0}

@@ -10,8 +10,8 @@ Options = dict[str, bool | int | str]
 
 TPU: Options = {
     # Else a product whose sum is scattered is divided into as many products of a part of the rows,
-    # each sent on while the next is computed: nothing is left to hide, but small products take
-    # nearly twice the cycles.
+    # each sent on while the next is computed: less is left to hide, but small products take nearly
+    # twice the cycles.
     "xla_tpu_enable_windowed_einsum_for_reduce_scatter": False,
     # Gathered weights arrive while matrices are multiplied. On v5e they do so by default, on v5p
     # and v6e products would wait for them.

@@ -1,6 +1,7 @@
 """The device mesh: axes `data`, `fsdp`, `tensor`, `context`."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 
@@ -83,5 +84,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             "each other gradients alone."
         )
     within = (sizes[0] // slices, *sizes[1:])
-    grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1, 1), devices)
+    make = functools.partial(
+        mesh_utils.create_hybrid_device_mesh, within, (slices, 1, 1, 1), devices
+    )
+    try:
+        grid = make()
+    except NotImplementedError:
+        grid = make(allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=types)

@@ -20,9 +20,9 @@ PyTree = Any
 # have the parameter's path in theirs, so that the same rules place them.
 RULES: tuple[tuple[str, P], ...] = (
     (r"(^|/)v_(row|col)/", P()),  # adafactor's moments: one axis less than their parameters
-    # Rows are divided over fsdp, never columns: a TPU holds 128 columns together, and shards of
-    # fewer are gathered and summed whole. Columns of these two are parts for queries, keys and
-    # values, each divided over tensor when gathered.
+    # Rows of kernels are divided over fsdp, not columns: a TPU holds 128 columns together, and
+    # shards of fewer are gathered and summed whole. Columns of these two are parts for queries,
+    # keys and values, each divided over tensor when gathered.
     (r"(qkv|kv)/kernel$", P(("fsdp", "tensor"), None)),
     (r"up/kernel$", P("fsdp", "tensor")),
     (r"(out|down)/kernel$", P(("tensor", "fsdp"), None)),

@@ -66,8 +66,9 @@ class AttentionPrices:
 
     The compiler walks through a kernel's whole grid, and gives no cycles of one that copies several
     pieces of an array that lie far apart. So videos are cut to one window's frames and height,
-    which changes neither the windows nor how many of them a step of the kernel has. Of windows
-    there are 4 and 8: enough for steps of two on each of two cores.
+    which, for windows of 256 tokens as the papers have them, changes neither the windows nor how
+    many of them a step of the kernel has. Of such windows there are 4 and 8: enough for steps of
+    two on each of two cores. Of small windows, which share tiles, it is an approximation.
     """
 
     def __init__(self, model: DenoiserConfig, chip: str) -> None:

@@ -114,8 +114,7 @@ class Topology:
     def side(self) -> int:
         """Chips along the longest axis of a slice's torus.
 
-        A good size of `fsdp`: the compiler scatters sums among chips of a row, not among those of a
-        whole slice.
+        A good size of `fsdp`: the compiler scatters sums among some chips of a slice, not all.
         """
         return max(self.shape)
 

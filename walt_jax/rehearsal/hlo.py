@@ -107,7 +107,9 @@ class Instruction:
 
 
 def _devices(text: str) -> np.ndarray:
-    """The devices of "[4,2]T(1,0)": so many, laid out so, then transposed."""
+    """The devices of "[4,2]T(1,0)", so many, laid out so, then transposed; or of "0,4,1,5"."""
+    if not text.startswith("["):
+        return np.array([int(n) for n in text.split(",")])
     sizes, _, order = text.rstrip(")").partition("T(")
     shape = [int(n) for n in sizes.strip("[]").split(",")]
     devices = np.arange(math.prod(shape)).reshape(shape)

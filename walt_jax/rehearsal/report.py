@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 import re
 import time
 from collections import Counter
@@ -183,7 +182,7 @@ def _collectives(
             if not times:
                 continue
             axes = _axes(i.collective, mesh)
-            seconds = _seconds(i.collective, axes, topology, mesh)
+            seconds = _seconds(i.collective, topology, mesh)
             exposed = max(0.0, seconds - meanwhile / topology.chip.hertz)
             key = i.collective.operation.removesuffix("-start"), "+".join(axes) or "?"
             row = found.setdefault(key, [0, 0, 0.0, 0.0])
@@ -240,27 +239,26 @@ def _axes(instruction: Instruction, mesh: Mesh) -> tuple[str, ...]:
     return tuple(axis for axis, row in zip(mesh.axis_names, places) if len(set(row.tolist())) > 1)
 
 
-def _seconds(
-    instruction: Instruction, axes: tuple[str, ...], topology: Topology, mesh: Mesh
-) -> float:
+def _seconds(instruction: Instruction, topology: Topology, mesh: Mesh) -> float:
     """Bytes over the rate of the links, as rings along one axis of the torus move them.
 
     An all-gather's result and a reduce-scatter's operand pass each chip once; an all-reduce is
     both. A ring has two directions; where an axis of the slice does not close into a ring, as many
-    bytes take twice as long. Between slices the data centre's network counts.
+    bytes take twice as long. What several slices share, the chips of a slice divide among them
+    before it crosses the data centre's network, each its part.
     """
-    devices = math.prod(mesh.shape[axis] for axis in axes) or 1
-    moved = instruction.bytes * (devices - 1) / devices
-    operation = instruction.operation
+    group = [mesh.devices.flat[n] for n in instruction.group() if n < mesh.size]
+    slices = len({getattr(device, "slice_index", 0) for device in group}) or 1
+    within = len(group) // slices or 1
+    operation, passed = instruction.operation, float(instruction.bytes)
     if operation.startswith("reduce-scatter"):
-        moved *= devices
+        passed *= len(group)
     if operation.startswith("all-reduce"):
-        moved *= 2
+        passed *= 2
     chip = topology.chip
-    if topology.slices > 1 and "data" in axes:
-        return moved / chip.dcn
     closed = any(side in chip.wraps for side in topology.shape)
-    return moved / (chip.link * (2 if closed else 1))
+    on_links = passed * (within - 1) / within / (chip.link * (2 if closed else 1))
+    return on_links + passed / within * (slices - 1) / slices / chip.dcn
 
 
 def _largest(counts: Counter[Instruction], number: int = 8) -> tuple[tuple[int, str, str], ...]:

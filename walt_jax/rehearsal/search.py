@@ -15,17 +15,19 @@ _CLIPS = (4, 8, 16, 32)
 def candidates(values: dict[str, Any], topology: Topology, job: str) -> Iterator[dict[str, Any]]:
     """Configs to compile: values with other meshes, clips a chip, and kept activations.
 
-    Along a slice's longest side `fsdp` takes what `tensor` and `context`, of 1 or 2 each, leave;
-    `data` has the rest.
+    `fsdp` has as many chips as a slice's longest side, or all of the slice, less what `tensor` and
+    `context`, of 1 or 2 each, take; `data` has the rest.
     """
+    slice_ = topology.chips // topology.slices
     policies = _KEPT if job == "train" and "kept" in values["task"]["model"] else ((),)
-    for tensor, context in itertools.product((1, 2), repeat=2):
-        if topology.side % (tensor * context):
+    sides = dict.fromkeys((topology.side, slice_))
+    for side, tensor, context in itertools.product(sides, (1, 2), (1, 2)):
+        if side % (tensor * context):
             continue
         for clips, kept in itertools.product(_CLIPS, policies):
             changed = copy.deepcopy(values)
-            fsdp = topology.side // (tensor * context)
-            changed["mesh"] = {"data": topology.chips // topology.side, "fsdp": fsdp}
+            fsdp = side // (tensor * context)
+            changed["mesh"] = {"data": topology.chips // side, "fsdp": fsdp}
             changed["mesh"] |= {"tensor": tensor, "context": context}
             changed["batch_size"] = clips * topology.chips
             if kept:
