@@ -102,8 +102,8 @@ def table(records: list[dict[str, Any]]) -> str:
         "",
         "## What takes the time",
         "",
-        "Shares of the estimated cycles, by kind of instruction and by part of the model; last, the",
-        "model's FLOPs over the cycles of products alone, what they compute again not counted.",
+        "Shares of the estimated cycles, by kind of instruction and by part of the model; last,",
+        "the model's FLOPs over the cycles of products alone, what they compute again not counted.",
         "",
         *_rows(
             "| model | pod | products | attention kernels | fusions and the rest | copies | MLP |"
