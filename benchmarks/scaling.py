@@ -110,6 +110,12 @@ def table(records: list[dict[str, Any]]) -> str:
             map(_parts, records),
         ),
         "",
+        "In the way of more: full remat computes each layer's forward pass once more, a fifth of",
+        "the products and kernels that counts for nothing, so that 80 % would be the end;",
+        "attention, whose softmax is no product, and heads narrower than the matrix unit; fusions",
+        "of norms, modulations and residuals, which wait for memory, the more the faster the chip",
+        "multiplies.",
+        "",
         "## What is sent, and not hidden",
         "",
         *_rows(
