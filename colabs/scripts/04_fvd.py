@@ -110,9 +110,9 @@ for steps, guidance in ((4, 1.0), (12, 1.0), (12, 3.0)):
 # ## How many videos?
 #
 # The distance of two sets of the same kind falls with their size (here the mean of 20 splits): a
-# score of 96 videos must not stand beside one of 2048. The kernel distance (KVD) has no such bias,
-# only noise. Every score of `walt_jax.evaluate` carries its protocol, and scores of other protocols
-# are not compared.
+# score of 96 videos must not stand beside one of 2048. The kernel distance (KVD) does not fall so;
+# it is below 0 here, as both sets are drawn from one pool without repetition. Every score of
+# `walt_jax.evaluate` carries its protocol, and scores of other protocols are not compared.
 
 # %%
 sizes = [24, 48, 96, N]
