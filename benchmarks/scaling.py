@@ -123,12 +123,8 @@ def table(records: list[dict[str, Any]]) -> str:
             itertools.chain.from_iterable(map(_sent, records)),
         ),
         "",
-        "On v6e:8x8, with eight clips a chip and sides that do not close into rings, gathers are",
-        "not hidden; on 16x16, with sixteen clips and rings, they are.",
-        "",
-        "Between slices hosts send, which is no collective of the program and not in these tables:",
-        "a sixteenth of what is gathered over data within a slice afterwards, so 55 MB a chip and",
-        "step of the 3B on 16 slices; summed over them at 12.5 GB/s a chip that takes 8 ms.",
+        "What hosts send between slices is no collective of the program and not in these tables:",
+        "see docs/rehearse.md.",
     ]
     return "\n".join([*lines, ""])
 

@@ -107,7 +107,6 @@ _SILENT = (*_SILENT, "task.model.pooled_text=False")
 _FROM_FRAMES = (*_SILENT, "task.given={'first':0.8,'first_frames':(1,2)}")
 _ALONE = (*_SILENT, "task.model.given='none'", "task.given={}", "task.model.relative_bias=False")
 _ALONE = (*_ALONE, "task.model.positions=fractional")
-
 LETTERS = "lrud"  # of an action, in the order of directions
 # Clips are whole videos, so that letters and frames go together.
 ACTIONS = dataclasses.replace(FEW, scenes=("actions",), seconds=(2.0, 2.0), fps=(4,))

@@ -235,6 +235,13 @@ def test_what_slices_share_crosses_the_network_in_parts(group, seconds):
     assert found == pytest.approx(seconds)
 
 
+def test_a_permute_sends_all_of_its_bytes():
+    mesh = SimpleNamespace(devices=np.array([SimpleNamespace(slice_index=0)] * 4), size=4)
+    text = "u8[45000000] collective-permute(%x), source_target_pairs={{0,1},{1,2},{2,3}}"
+    found = _seconds(Instruction("x", text), Topology.parse("v5e:2x2"), mesh)
+    assert found == pytest.approx(1e-3)
+
+
 def test_a_search_has_parameters_along_a_side_and_ranks_by_the_whole_step():
     values = {"task": {"model": {"kept": ()}}}
     slices = Topology.parse("v5e:4x8", 2)

@@ -243,9 +243,9 @@ def _seconds(instruction: Instruction, topology: Topology, mesh: Mesh) -> float:
     """Bytes over the rate of the links, as rings along one axis of the torus move them.
 
     An all-gather's result and a reduce-scatter's operand pass each chip once; an all-reduce is
-    both. A ring has two directions; where an axis of the slice does not close into a ring, as many
-    bytes take twice as long. What several slices share, the chips of a slice divide among them
-    before it crosses the data centre's network, each its part.
+    both. Of a permute's pair one sends all. A ring has two directions; where an axis of the slice
+    does not close into a ring, as many bytes take twice as long. What several slices share, the
+    chips of a slice divide among them before it crosses the data centre's network, each its part.
     """
     group = [mesh.devices.flat[n] for n in instruction.group() if n < mesh.size]
     slices = len({getattr(device, "slice_index", 0) for device in group}) or 1
@@ -253,7 +253,7 @@ def _seconds(instruction: Instruction, topology: Topology, mesh: Mesh) -> float:
     operation, passed = instruction.operation, float(instruction.bytes)
     if operation.startswith("reduce-scatter"):
         passed *= len(group)
-    if operation.startswith("all-reduce"):
+    if operation.startswith(("all-reduce", "collective-permute")):
         passed *= 2
     chip = topology.chip
     closed = any(side in chip.wraps for side in topology.shape)
