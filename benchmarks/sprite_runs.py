@@ -79,13 +79,13 @@ def make_records(
     config: SpriteConfig,
     number: int,
     seed: int,
-    caption: Callable[[Row], str] | None = None,
+    caption: Callable[[Row], str | None] | None = None,
 ) -> Path:
     """Records of sprite videos in `folder`/records, made unless they are there.
 
     Args:
       folder, config, number, seed: as `write_sprites` takes them.
-      caption: of the truth about a video, instead of its own caption.
+      caption: of the truth about a video, instead of its own caption; None leaves it out.
     """
     videos, records = folder / "videos", folder / "records"
     if not (records / "report.json").exists():
@@ -95,7 +95,8 @@ def make_records(
         manifest = videos / "manifest.jsonl"
         if caption is not None:
             truths = map(json.loads, (videos / "truth.jsonl").read_text().splitlines())
-            rows = [{"path": truth["path"], "caption": caption(truth)} for truth in truths]
+            told = ((truth["path"], caption(truth)) for truth in truths)
+            rows = [{"path": path, "caption": text} for path, text in told if text is not None]
             manifest = videos / "captions.jsonl"
             manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
         prepare_dataset(manifest, records, overwrite=True)
@@ -130,21 +131,27 @@ def real_clips(
     *,
     seed: int,
     labels: Sequence[int] = (),
+    use: Callable[[SpriteVideo], bool] = lambda truth: True,
 ) -> tuple[np.ndarray, list[SpriteVideo]]:
     """New sprite videos as a denoiser knows them.
 
     Args:
       config, seed: which videos; generator: says how many frames, their size and rate.
       labels: classes that take turns; the config's own order without.
+      use: videos for which it is False are passed over; UserError where too few are left.
 
     Returns:
       uint8 (N, T, H, W, 3), and the truth about their frames.
     """
     count, *size = generator.video_shape
     clips, truths = [], []
-    for i in range(number):
-        label = labels[i % len(labels)] if len(labels) else None
+    for i in range(100 * number):
+        if len(clips) == number:
+            break
+        label = labels[len(clips) % len(labels)] if len(labels) else None
         video = sprite_video(config, seed, i, label)
+        if not use(video):
+            continue
         times = np.arange(len(video.frames)) / video.fps
         picks = clip_frames(times, count, generator.fps, 0.5)
         clips.append(fit_frames(video.frames[picks], tuple(size)))
@@ -152,4 +159,6 @@ def real_clips(
             k: getattr(video, k)[picks] for k in ("frames", "centres", "visible", "actions")
         }
         truths.append(dataclasses.replace(video, **of_frames))
+    if len(clips) < number:
+        raise UserError(f"Of {100 * number} sprite videos {len(clips)} are wanted, not {number}.")
     return np.stack(clips), truths

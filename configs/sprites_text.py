@@ -5,7 +5,7 @@
 makes the videos, trains the tokenizer (`:tokenizer`) and this, and judges samples. Step by step, on
 videos that have circles too:
 
-    python -m walt_jax.data.sprites --output out/sprites --num 2940 --aspects 1:1 --fps 8 16 \
+    python -m walt_jax.data.sprites --output out/sprites --num 3000 --aspects 1:1 --fps 8 16 \
         --backgrounds gray yellow --seconds 2.2 2.3 --sizes 0.4 0.44 --crossing
     python -m walt_jax.prepare --input out/sprites/manifest.jsonl --output out/records
     python -m walt_jax.train --config configs/sprites_text.py:tokenizer --workdir out/tokenizer \
@@ -20,8 +20,8 @@ videos that have circles too:
 Captions are read by a byte encoder that is trained along. A fifth of the clips is given latents, so
 that one model makes videos from text, images and other videos.
 
-Hardware: one CPU core, about 14 minutes for the tokenizer and 18 for the denoiser. What to expect
-is in docs/sprites.md.
+Hardware: one CPU core, about 14 minutes for the tokenizer and 20 to 30 for the denoiser. What to
+expect is in docs/sprites.md.
 Variants: `tokenizer`; `debug` takes a few steps of a tiny network in seconds.
 """
 

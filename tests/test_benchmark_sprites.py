@@ -13,6 +13,7 @@ from benchmarks.sprite_generation import (
     EVERY,
     FEW,
     FREE,
+    HARD,
     HELD_OUT,
     HIDDEN,
     MODELS,
@@ -38,11 +39,17 @@ def clips(config, number, frames=17, **changes):
     return np.stack([t.frames for t in truths]), truths
 
 
-def test_held_out_are_few_of_every_kind():
-    words = [set(column) for column in zip(*(name.split() for name in HELD_OUT))]
-    assert [len(w) for w in words] == [4, 2, 4] and "green triangle up" in HELD_OUT
-    assert len(CAPTIONS.class_ids) == 28
-    assert not {CAPTIONS.class_names[i] for i in CAPTIONS.class_ids} & set(HELD_OUT)
+def test_held_out_captions_are_never_told_and_their_words_are():
+    told, left_out = set(), set()
+    for i in range(6 * len(CAPTIONS.class_ids)):
+        video = sprite_video(CAPTIONS, 0, i)
+        caption = MODELS["captions"].caption(video.truth())
+        (told if caption else left_out).add((video.label_name, video.background))
+        assert caption in (None, video.caption)
+    assert left_out == set(HELD_OUT) and ("green triangle up", "yellow") in left_out
+    other = {"gray": "yellow", "yellow": "gray"}
+    assert {(name, other[ground]) for name, ground in HELD_OUT} <= told
+    assert len(CAPTIONS.class_ids) == 30 and not {name for name, _ in told} & set(HARD)
 
 
 def test_attributes_are_right_of_real_videos_and_wrong_of_others():

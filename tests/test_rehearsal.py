@@ -15,9 +15,9 @@ from walt_jax.parallel import MeshConfig, make_mesh
 from walt_jax.rehearsal import attention_prices
 from walt_jax.rehearsal.attention_prices import AttentionKernel
 from walt_jax.rehearsal.chips import Topology
-from walt_jax.rehearsal.estimate import _moved
+from walt_jax.rehearsal.estimate import _moved, too_large
 from walt_jax.rehearsal.hlo import Instruction, Module
-from walt_jax.rehearsal.report import Report, _seconds, read
+from walt_jax.rehearsal.report import Report, _seconds, lines, read
 from walt_jax.rehearsal.search import candidates, table
 from walt_jax.rehearsal.steps import batches, steps
 from walt_jax.training.experiment import Experiment
@@ -240,6 +240,26 @@ def test_a_permute_sends_all_of_its_bytes():
     text = "u8[45000000] collective-permute(%x), source_target_pairs={{0,1},{1,2},{2,3}}"
     found = _seconds(Instruction("x", text), Topology.parse("v5e:2x2"), mesh)
     assert found == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize(
+    ("said", "gib", "shown"),
+    [
+        ("RESOURCE_EXHAUSTED: ... Used 33.50G of 15.75G hbm.", 33.5, "33.50 of 16.00 GiB"),
+        (
+            "RESOURCE_EXHAUSTED: ... required for HLO temporaries (24.75G) exceeds available HBM",
+            24.75,
+            "24.75 of 16.00 GiB",
+        ),
+        ("RESOURCE_EXHAUSTED: no number", 0, "more than 16.00 GiB"),
+    ],
+)
+def test_what_a_program_that_does_not_fit_needs(said, gib, shown):
+    needed = too_large(jax.errors.JaxRuntimeError(said))
+    assert needed == gib * 2**30
+    report = Report("step", "v5e:1x1", {}, False, needed, 16 * 2**30, 1.0)
+    assert f"TOO MUCH, {shown}" in lines(report)[1] and len(lines(report)) == 2
+    assert too_large(jax.errors.JaxRuntimeError("INTERNAL: Used 1G of 2G")) is None
 
 
 def test_a_search_has_parameters_along_a_side_and_ranks_by_the_whole_step():

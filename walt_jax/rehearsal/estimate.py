@@ -152,12 +152,12 @@ def _compile(exported: jax.export.Exported, chip: str) -> jax.stages.Compiled:
 def too_large(error: jax.errors.JaxRuntimeError) -> int | None:
     """Bytes of HBM that the compiler says the program needs; None for another error.
 
-    Where its sentence has no number, 0.
+    They are those of temporaries where its sentence has no more, and 0 where it has no number.
     """
     if "RESOURCE_EXHAUSTED" not in str(error):
         return None
     units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-    found = re.search(r"Used ([\d.]+)([KMGT]) of", str(error))
+    found = re.search(r"(?:Used |temporaries \()([\d.]+)([KMGT])\b", str(error))
     return int(float(found[1]) * units[found[2]]) if found else 0
 
 

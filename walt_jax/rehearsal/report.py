@@ -272,14 +272,16 @@ def lines(report: Report) -> list[str]:
     mesh = " x ".join(f"{axis} {n}" for axis, n in report.mesh.items() if n > 1) or "one chip"
     out = [f"{report.step} on {report.topology} ({mesh}); {NOTE}"]
     gib = functools.partial(_scaled, unit=2**30)
+    limit = f"{gib(report.hbm_limit_bytes)} GiB"
+    if not report.fits and not report.est_cycles:
+        needs = f"{gib(report.hbm_bytes)} of {limit}" if report.hbm_bytes else f"more than {limit}"
+        return [*out, f"  memory: TOO MUCH, {needs}; the compiler made no program"]
     room = report.hbm_limit_bytes - report.hbm_bytes
     says = f"{gib(room)} GiB to spare" if report.fits else f"{gib(-room)} GiB TOO MUCH"
     out.append(
-        f"  memory: {gib(report.hbm_bytes)} of {gib(report.hbm_limit_bytes)} GiB, {says} "
+        f"  memory: {gib(report.hbm_bytes)} of {limit}, {says} "
         f"(arguments {gib(report.argument_bytes)}, temporaries {gib(report.temporary_bytes)})"
     )
-    if not report.fits and not report.est_cycles:
-        return out
     out.append(
         f"  time: {report.est_cycles / 1e6:.1f} Mcycles, {report.est_step_seconds:.3f} s, "
         f"{report.est_mfu:.1%} of peak (MFU)"
