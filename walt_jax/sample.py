@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import walt_jax
@@ -32,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     walt = walt_jax.load(args.workdir, step=args.checkpoint, mesh=mesh)
     fps = walt.fps / walt.generator.sizes.every(args.fps)
     request = walt.request(**wishes)  # so that what does not fit is told before anything is made
+    _make_folder(args.out)
     settings = settings_of(request, fps, args.workdir)
     every = walt.generator.sizes.every(args.fps)
     if request.task == "long" and args.format in (None, "mp4") and not args.cascade:
@@ -44,6 +46,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             videos = walt.sample(fps=args.fps, **wishes)
         write_samples(args.out, videos, settings, fps, args.format)
     print(f"{request.count} videos in {args.out}; look at {args.out}/{PAGE}")
+
+
+def _make_folder(out: str) -> None:
+    """Before anything is sampled, as samples would be lost."""
+    if "://" in out:
+        raise UserError(f"--out {out} is no local folder: name one, and copy the videos then.")
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"--out {out} cannot be made ({e.strerror}): name another folder.") from e
 
 
 def _wishes(args: argparse.Namespace) -> dict[str, Any]:

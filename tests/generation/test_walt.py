@@ -14,7 +14,7 @@ import walt_jax
 from walt_jax import export, sample
 from walt_jax.errors import UserError
 from walt_jax.generation import walt as walt_module
-from walt_jax.generation.sources import read_mask, read_source
+from walt_jax.generation.sources import read_mask, read_prompts, read_source
 from walt_jax.media import write_gif, write_mp4, write_png
 from walt_jax.parallel import MeshConfig, make_mesh
 from walt_jax.parallel.mesh import parse_mesh
@@ -137,7 +137,10 @@ def test_the_command_writes_files_and_their_settings(given_run, pictures, made, 
         (["--mesh", "rows=2"], "'rows=2' is no mesh"),
         (["--mesh", "data=3"], "does not make 8 devices"),
         (["--num", "0"], "--num must be at least 1"),
-        (["--prompts_file", "none.txt"], "none.txt does not exist"),
+        (["--prompts_file", "none.txt"], "none.txt is no file"),
+        (["--seed=-1"], "seed must lie in 0 to 4294967295, got -1"),
+        (["--seconds", "inf"], "not for ever: got inf"),
+        (["--seconds=-5", "--task", "long"], "not for ever: got -5"),
         (["--task", "extend", "--video", "none.mp4"], "none.mp4 does not exist"),
         (["--fps", "3"], "3 fps do not fit"),
         (["--config.seed=1"], "takes the config of its --workdir"),
@@ -147,6 +150,31 @@ def test_bad_flags_are_one_sentence(given_run, tmp_path, flags, sentence):
     with pytest.raises(UserError, match=sentence):
         sample.main(["--workdir", str(given_run), "--out", str(tmp_path / "out"), *flags])
     assert not (tmp_path / "out").exists()
+
+
+def test_samples_are_not_made_for_a_folder_that_cannot_be(given_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(walt_module.Walt, "sample", lambda *_, **__: pytest.fail("sampled"))
+    (tmp_path / "file").write_text("")
+    for out, sentence in {
+        tmp_path / "file": "cannot be made",
+        "gs://b/o": "no local folder",
+    }.items():
+        with pytest.raises(UserError, match=sentence):
+            sample.main(["--workdir", str(given_run), "--out", str(out)])
+
+
+def test_prompts_are_text_a_line(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(b"\xef\xbb\xbfa red square\n\n a dot \n")
+    assert read_prompts(file) == ["a red square", "a dot"]
+    for content, sentence in {b"\xff\xfe\x00": "no text in UTF-8", b"\n": "has no prompts"}.items():
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=sentence):
+            read_prompts(file)
+
+
+def test_a_model_is_shown_in_few_words(walt):
+    assert len(repr(walt)) < 10_000
 
 
 def test_meshes_in_words():

@@ -230,6 +230,11 @@ def enlarged(request: Request, sources: Sequence[str | Path]) -> np.ndarray:
       UserError: a model cannot be loaded, or does not fit.
     """
     base = request.generator.placed()
+    if request.task in ("text_to_image", "extend", "long", "connect", "loop"):
+        raise UserError(
+            f"A cascade enlarges clips of {_times(base.video_shape)}, and the task {request.task} "
+            "makes others: leave the cascade out."
+        )
     if (request.frames, *request.size) != base.video_shape:
         raise UserError(
             f"The cascade enlarges clips of {_times(base.video_shape)}, not of "

@@ -53,14 +53,14 @@ class Generator:
     """
 
     task: DenoiserTask
-    params: dict
-    tokenizer: FrozenTokenizer
+    params: dict = dataclasses.field(repr=False)  # a notebook would show all weights
+    tokenizer: FrozenTokenizer = dataclasses.field(repr=False)
     label_names: tuple[str, ...]
     fps: float
     step: int
     weights: Weights = "ema"
     mesh: Mesh | None = None
-    text: FrozenText | None = None
+    text: FrozenText | None = dataclasses.field(default=None, repr=False)
     text_hash: str = ""
     images: bool = False
 

@@ -58,7 +58,9 @@ class Sizes:
         ft, fh, fw = self.factors
         return 1 + (frames - 1) // ft, size[0] // fh, size[1] // fw
 
-    def size(self, asked: str | Sequence[int] | None = None, like: Size | None = None) -> Size:
+    def size(
+        self, asked: str | Sequence[int] | int | None = None, like: Size | None = None
+    ) -> Size:
         """Height and width to sample.
 
         Args:
@@ -77,6 +79,8 @@ class Sizes:
                 return own
             size = self._nearest(like[1] / like[0], math.isqrt(own[0] * own[1]))
             return size if self._admits(size) else own
+        if isinstance(asked, int):
+            asked = asked, asked
         size = self._parse(asked) if isinstance(asked, str) else tuple(map(int, asked))
         if not self._admits(size):
             raise UserError(f"Frames of {_shown(size)} do not fit this model: {self._fitting()}.")

@@ -66,11 +66,18 @@ def read_prompts(file: str | Path) -> list[str]:
     """The prompts of a text file, one a line; empty lines are left out.
 
     Raises:
-      UserError: there is no such file.
+      UserError: there is no such file, or no text in it.
     """
     if not Path(file).is_file():
-        raise UserError(f"{file} does not exist: give a file with a prompt a line.")
-    return [line.strip() for line in Path(file).read_text().splitlines() if line.strip()]
+        raise UserError(f"{file} is no file: give one with a prompt a line.")
+    try:
+        text = Path(file).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise UserError(f"{file} is no text in UTF-8: give a file with a prompt a line.") from e
+    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise UserError(f"{file} has no prompts: write one a line.")
+    return prompts
 
 
 def read_mask(mask: Source | Sequence[float], size: Size) -> np.ndarray:

@@ -1,7 +1,7 @@
 """A trained model for people: what `walt_jax.load` returns."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +134,7 @@ class Walt:
         """What `sample` is asked for, with the same arguments; nothing is sampled yet."""
         if task not in TASKS:
             raise UserError(f"There is no task {task!r}: choose one of {', '.join(TASKS)}.")
+        _check_numbers(seed, seconds, {"num": num, "steps": steps, "batch_size": batch_size})
         sources = (*_listed(image), *_listed(video))
         read = {"seconds": seconds, "mask": mask, "direction": direction, "strength": strength}
         read["scheme"] = scheme
@@ -247,6 +248,16 @@ class Walt:
             known = ", ".join(sorted(Sampler.registry))
             raise UserError(f"There is no sampler {sampler!r}: choose one of {known}.")
         return Sampler.registry[sampler](num_steps=steps)
+
+
+def _check_numbers(seed: int, seconds: float | None, counts: Mapping[str, int | None]) -> None:
+    for name, number in counts.items():
+        if number is not None and number < 1:
+            raise UserError(f"{name} must be at least 1, got {number}.")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed must lie in 0 to {2**32 - 1}, got {seed}.")
+    if seconds is not None and not 0 < seconds < float("inf"):
+        raise UserError(f"A video lasts longer than 0 seconds, and not for ever: got {seconds:g}.")
 
 
 def find(source: str | Path) -> epath.Path:

@@ -93,9 +93,9 @@ def plan(
     """
     if scheme not in SCHEMES:
         raise UserError(f"No scheme {scheme!r} for long videos: choose {', '.join(SCHEMES)}.")
-    if step is None:
-        step = max(1, window - 2) if scheme == "frame_prediction" else window // 2
     least = 2 if scheme in ("hierarchy2", "hierarchy3", "adaptive") else 1
+    if step is None:
+        step = max(1, window - 2) if scheme == "frame_prediction" else max(least, window // 2)
     if not least <= step < window:
         raise UserError(
             f"The scheme {scheme} generates {step} frames at a time in windows of {window}: take "
