@@ -1,6 +1,7 @@
 """`python -m walt_jax.sample --workdir DIR --prompt ... --out DIR`: generates videos."""
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("num", "batch_size", "steps"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1, got {getattr(args, name)}.")
+    _check_folder(args.out)
     wishes = _wishes(args)
     mesh = make_mesh(parse_mesh(args.mesh)) if args.mesh else None
     walt = walt_jax.load(args.workdir, step=args.checkpoint, mesh=mesh)
     fps = walt.fps / walt.generator.sizes.every(args.fps)
     request = walt.request(**wishes)  # so that what does not fit is told before anything is made
-    _make_folder(args.out)
     settings = settings_of(request, fps, args.workdir)
     every = walt.generator.sizes.every(args.fps)
     if request.task == "long" and args.format in (None, "mp4") and not args.cascade:
@@ -48,14 +49,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{request.count} videos in {args.out}; look at {args.out}/{PAGE}")
 
 
-def _make_folder(out: str) -> None:
+def _check_folder(out: str) -> None:
     """Before anything is sampled, as samples would be lost."""
     if "://" in out:
         raise UserError(f"--out {out} is no local folder: name one, and copy the videos then.")
-    try:
-        Path(out).mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"--out {out} cannot be made ({e.strerror}): name another folder.") from e
+    path = Path(out).absolute()
+    there = next(folder for folder in (path, *path.parents) if folder.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise UserError(f"--out {out} cannot be made, {there} is in the way: name another folder.")
 
 
 def _wishes(args: argparse.Namespace) -> dict[str, Any]:
