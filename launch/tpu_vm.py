@@ -258,9 +258,7 @@ class Job:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads the command line and does what it says; exits with the job's status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verb", choices=_VERBS)
     parser.add_argument("--name", required=True, help="of the queued resource and its nodes")
     parser.add_argument("--zone", required=True)

@@ -23,9 +23,7 @@ from walt_jax.errors import UserError
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads the command line and does what it says."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verb", choices=("image", "run", "status", "logs", "delete"))
     parser.add_argument("--name", default="", help="of the workload")
     parser.add_argument("--cluster", default="")

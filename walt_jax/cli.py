@@ -7,6 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 import jax
 
@@ -53,16 +54,28 @@ def _leave(status: int) -> None:
     sys.exit(status)
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one sentence, as all others, and not the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UserError."""
+        raise UserError(f"{message[:1].upper()}{message[1:]}: see --help.")
+
+
 def config_parser(
-    description: str, *, config: bool = True, overrides: bool = True
-) -> argparse.ArgumentParser:
+    description: str,
+    *,
+    config: bool = True,
+    overrides: bool = True,
+    workdir: str = "where the run lives (local or gs://)",
+) -> Parser:
     """A parser with `--workdir` and, if asked for, `--config path[:arg]` and overrides.
 
     A command without `--config` reads the config that the workdir was started with. See `parse`.
     """
     if overrides:
         description += "\n\nAny key of the config is overridden by --config.key=value."
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=description,
         allow_abbrev=False,
         formatter_class=argparse.RawTextHelpFormatter,
@@ -70,7 +83,7 @@ def config_parser(
     if config:
         text = "experiment, such as configs/sprites_walt.py:debug"
         parser.add_argument("--config", required=True, metavar="PATH[:ARG]", help=text)
-    parser.add_argument("--workdir", required=True, help="where the run lives (local or gs://)")
+    parser.add_argument("--workdir", required=True, help=workdir)
     return parser
 
 

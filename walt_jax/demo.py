@@ -3,7 +3,6 @@
 python -m walt_jax.demo --out out/demo [--videos FOLDER]
 """
 
-import argparse
 import dataclasses
 import json
 import logging
@@ -81,7 +80,7 @@ class Scale:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads the command line and runs the demo."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = cli.Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--out", default="out/demo", help="folder to write to (default out/demo)")
     parser.add_argument("--videos", help="a folder of your own videos instead of the sprites")
     args = parser.parse_args(argv)

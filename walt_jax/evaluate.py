@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         description=__doc__,
         allow_abbrev=False,
         formatter_class=argparse.RawTextHelpFormatter,

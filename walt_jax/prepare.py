@@ -26,7 +26,7 @@ _BEAM = """Beam's own options are passed through: --runner DataflowRunner --proj
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m walt_jax.prepare",
         description=__doc__,
         epilog=_BEAM,

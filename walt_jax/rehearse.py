@@ -113,7 +113,7 @@ def _mesh(args: argparse.Namespace, topology: Topology) -> MeshConfig:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         description=_DESCRIPTION,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -15,6 +15,7 @@ from walt_jax.generation.cascade import enlarged
 from walt_jax.generation.output import PAGE, settings_of, write_long, write_samples
 from walt_jax.generation.sources import read_prompts
 from walt_jax.generation.tasks import long_pieces
+from walt_jax.generation.walt import packaged
 from walt_jax.parallel.mesh import make_mesh, parse_mesh
 from walt_jax.tasks.plans import SCHEMES
 
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         if args.cascade:
             videos = enlarged(request, args.cascade.split(","))[:, ::every]
-            settings = [{**row, "cascade": args.cascade} for row in settings]
+            settings = [{**row, "cascade": args.cascade.split(",")} for row in settings]
         else:
             videos = walt.sample(fps=args.fps, **wishes)
         write_samples(args.out, videos, settings, fps, args.format)
@@ -99,6 +100,8 @@ def _parser() -> argparse.ArgumentParser:
         f"walt_jax.export, or the name of a model that comes with walt_jax. Tasks:\n{tasks}",
         config=False,
         overrides=False,
+        workdir="a run, an export (local or gs://), or a model that comes along: "
+        + ", ".join(packaged()),
     )
     add = parser.add_argument
     add("--out", required=True, help="folder to write to")

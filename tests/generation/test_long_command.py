@@ -11,6 +11,7 @@ from walt_jax import config as config_lib
 from walt_jax import sample
 from walt_jax.errors import UserError
 from walt_jax.generation.output import write_long
+from walt_jax.media import write_mp4
 from walt_jax.training.experiment import Experiment
 from walt_jax.training.tokenizers import keep_tokenizer
 
@@ -43,12 +44,20 @@ def test_a_long_video_is_written_as_it_comes(given_run, tmp_path):
         (["--task", "long", "--scheme", "hierarchy2"], "frame_times=False"),
         (["--task", "long", "--size", "64x32"], "have the size 32x32"),
         (["--scheme", "hierarchy2"], "text_to_video reads no scheme"),
+        (["--scheme", "hierarchy4"], "Argument --scheme: invalid choice: 'hierarchy4'.*see --help"),
         (["--cascade", "nowhere", "--num", "1"], "nowhere holds no run"),
     ],
 )
 def test_what_does_not_fit_is_one_sentence(given_run, tmp_path, flags, words):
     with pytest.raises(UserError, match=words):
         run(given_run, tmp_path, *flags)
+
+
+def test_a_long_video_is_longer_than_its_start(given_run, tmp_path):
+    write_mp4(tmp_path / "v.mp4", np.zeros((20, 32, 32, 3), np.uint8), 4.0)
+    flags = ["--task", "long", "--video", str(tmp_path / "v.mp4"), "--seconds", "4"]
+    with pytest.raises(UserError, match=r"v.mp4 has 20 frames.*of 17.*give more seconds than 5\."):
+        run(given_run, tmp_path / "out", *flags)
 
 
 def test_every_nth_frame_is_written_across_pieces(tmp_path):
@@ -95,11 +104,14 @@ def test_a_cascade_makes_every_task_larger(given_run, denoiser_values, tmp_path)
     larger = tmp_path / "larger"
     experiment = config_lib.build(Experiment, values)
     save_run(larger, experiment, (1,))
-    keep_tokenizer(experiment.task.prepare(str(larger)), larger)
+    keep_tokenizer(experiment.task.prepare(str(larger)).tokenizer, larger)
     flags = ["--cascade", str(larger), "--prompt", "a", "--prompt", "b"]
     videos, rows = run(given_run, tmp_path / "text", *flags)
     assert [video.shape for video in videos] == [(9, 64, 64, 3)] * 2
-    assert rows[0]["cascade"] == str(larger)
+    assert rows[0]["cascade"] == [str(larger)]
+    assert "enlarged by larger" in (tmp_path / "text" / "index.html").read_text()
+    with pytest.raises(UserError, match="name this one as its cascade"):
+        run(larger, tmp_path / "alone", "--prompt", "a")
     picture = tmp_path / "text" / "0000.mp4"
     videos, _ = run(
         given_run, tmp_path / "image", *flags, "--task", "image_to_video", "--image", str(picture)

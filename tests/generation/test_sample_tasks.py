@@ -94,9 +94,9 @@ def test_extend_forwards_in_clips(fake):
 def test_extend_backwards(fake):
     walt, calls = fake
     out = walt.sample(task="extend", video=video(9), seconds=1.5, direction="backward")
-    assert [given(c) for c in calls] == [[1, 2]] * 6
-    assert values(calls[0]["clips"]) == [[1, 1, 2, 3, 4, 5, 6, 7, 8]]
-    assert values(out) == [[205, 204, 203, 202, 201, 200, *range(1, 10)]]
+    assert [given(c) for c in calls] == [[2]] * 2  # with [1, 2] a clip would add one frame
+    assert values(calls[0]["clips"]) == [[1, 1, 1, 1, 1, 1, 2, 3, 4]]
+    assert values(out) == [[201] + [200] * 5 + [*range(1, 10)]]
     calls.clear()
     out = walt.sample(task="extend", video=video(3), direction="backward")
     assert given(calls[0]) == [2]  # the group of four: the first frame is held
@@ -171,7 +171,7 @@ def test_what_the_checkpoint_was_not_trained_for_is_refused(walt, fake):
         "trained to be given the first 1 or 2 of the latent frames",
     ):
         first.sample(task="connect", video=[video(9), video(9)])
-    with pytest.raises(UserError, match=r"extend gives latent frames 1, 2.*the first 1 or 2"):
+    with pytest.raises(UserError, match=r"extend gives latent frames 2 of 0 to 2.*the first 1 or 2"):
         first.sample(task="extend", video=video(9), direction="backward")
     with pytest.raises(UserError, match="inpaint gives all but a region"):
         first.sample(task="inpaint", video=video(9), mask=(0, 0, 0.5, 0.5))

@@ -57,6 +57,13 @@ def test_sizes_that_fit(sizes, asked, size):
     assert sizes.size(asked) == size
 
 
+def test_the_size_that_an_aspect_becomes_is_said(caplog):
+    with caplog.at_level("INFO", logger="walt_jax"):
+        assert ANY.size("9:16@64") == (96, 32)
+        ANY.size("64x64")
+    assert [r.message for r in caplog.records] == ["The size 9:16@64 is 96x32 here."]
+
+
 def test_a_video_gives_its_aspect():
     assert ANY.size(None, like=(720, 1280)) == (192, 320)
     assert FIXED.size(None, like=(720, 1280)) == (128, 224)
@@ -100,6 +107,6 @@ def test_seconds_are_the_nearest_frames():
 
 def test_rates_are_parts_of_the_models():
     assert [FIXED.every(fps) for fps in (None, 8, 4, 8 / 3, 2)] == [1, 1, 2, 3, 4]
-    for fps in (6, 16, 0, -1):
+    for fps in (6, 16, 0, -1, float("nan")):
         with pytest.raises(UserError, match="fps do not fit this model, which makes 8"):
             FIXED.every(fps)

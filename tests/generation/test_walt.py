@@ -80,6 +80,8 @@ def test_encode_and_decode(walt, pictures, tmp_path):
     assert walt.encode(tmp_path / "v.mp4").shape == (3, 4, 4, 8)  # 9 of 12 frames
     with pytest.raises(UserError, match="A video of 3 frames does not fit"):
         walt.encode(pictures)
+    with pytest.raises(UserError, match=r"are \(t, h, w, 8\), or several, got \(4, 4, 8\)"):
+        walt.decode(z[0])
     assert (walt.step, walt.fps, walt.video_shape) == (7, 4.0, (9, 32, 32))
     assert walt.label_names == walt.generator.label_names
 
@@ -126,7 +128,9 @@ def test_the_command_writes_files_and_their_settings(given_run, pictures, made, 
     }  # fmt: skip
     assert rows[0]["sampler"]["name"] == "ddim" and rows[0]["sampler"]["num_steps"] == 2
     page = (out / "index.html").read_text()
-    assert "c (image_to_video, step 7, 2 steps of ddim, constant guidance 1, seed 3, vi" in page
+    said = "image_to_video, step 7, 2 steps of ddim, constant guidance 1, 2 fps, from 2.png, seed 3"
+    assert f"c ({said}, video 2)" in page
+    assert [row["sources"] for row in rows] == [[str(tmp_path / f"{i}.png")] for i in range(3)]
 
 
 @pytest.mark.parametrize(
@@ -143,6 +147,9 @@ def test_the_command_writes_files_and_their_settings(given_run, pictures, made, 
         (["--seconds=-5", "--task", "long"], "not for ever: got -5"),
         (["--task", "extend", "--video", "none.mp4"], "none.mp4 does not exist"),
         (["--fps", "3"], "3 fps do not fit"),
+        (["--fps", "nan"], "nan fps do not fit"),
+        (["--guidance", "nan"], "guidance is a number such as 3, got nan"),
+        (["--sampler", "euler4"], "invalid choice: 'euler4'"),
         (["--config.seed=1"], "takes the config of its --workdir"),
     ],
 )

@@ -194,7 +194,7 @@ def _reached(values: np.ndarray, steps: Sequence[int]) -> list[int]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """`python -m walt_jax.data.buckets`: reads the command line, prints the tables."""
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m walt_jax.data.buckets",
         description="What a config's buckets make of a dataset, and a table that would suit it.\n\n"
         "Any key of the config is overridden by --config.key=value.",

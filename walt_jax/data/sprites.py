@@ -374,7 +374,7 @@ def write_sprites(
 
 def main(argv: list[str] | None = None) -> None:
     """The command line; see the top of this file."""
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         description="Writes sprite videos and a manifest that walt_jax.prepare reads.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

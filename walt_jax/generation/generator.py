@@ -267,9 +267,8 @@ class Generator:
             )
         mesh = self._devices
         shards = programs.shards(mesh)
-        bar = progress_bar(total=total, what="sample", unit="video", disable=not progress)
         videos = []
-        for numbers, batch in dataclasses.replace(self, mesh=mesh).stream(
+        batches = dataclasses.replace(self, mesh=mesh).stream(
             np.arange(total),
             lambda rows: jax.tree.map(lambda leaf: np.asarray(leaf)[rows], wanted),
             seed=seed,
@@ -280,10 +279,11 @@ class Generator:
             grid=grid,
             strength=strength,
             per_device=-(-min(batch_size, total) // shards),
-        ):
-            videos.append(batch)
-            bar.update(len(numbers))
-        bar.close()
+        )
+        with progress_bar(total=total, what="sample", unit="video", disable=not progress) as bar:
+            for numbers, batch in batches:
+                videos.append(batch)
+                bar.update(len(numbers))
         return np.concatenate(videos)
 
     def stream(

@@ -39,8 +39,8 @@ def settings_of(request: Request, fps: float, model: str) -> list[dict[str, Any]
         "given_guidance": config_lib.to_dict(options["given_guidance"]),
         "fps": fps,
     }
+    sources = [str(s) if isinstance(s, str | Path) else "array" for s in request.sources]
     asked = {
-        "sources": [str(s) if isinstance(s, str | Path) else "array" for s in request.sources],
         "mask": request.mask if isinstance(request.mask, str) else None,
         "seconds": request.seconds,
         "direction": request.direction if request.task == "extend" else None,
@@ -53,7 +53,10 @@ def settings_of(request: Request, fps: float, model: str) -> list[dict[str, Any]
             "label": None if request.labels is None else generator.name(request.labels[i]),
             "prompt": None if request.prompts is None else request.prompts[i],
             "negative_prompt": request.negative_prompts and request.negative_prompts[i],
+            "sources": sources,
         }
+        if request.task == "image_to_video":  # pictures take turns
+            said["sources"] = [sources[i % len(sources)]]
         row = {"number": i, **said, **shared, **asked}
         rows.append({name: value for name, value in row.items() if value not in (None, "", [])})
     return rows
@@ -156,6 +159,12 @@ def _caption(row: Mapping[str, Any]) -> str:
             f"{name} {row[name]}"
             for name in ("scheme", "direction", "strength", "seconds")
             if name in row
+        ),
+        *([f"{row['fps']:g} fps"] if "fps" in row else []),
+        *(
+            f"{word} {', '.join(Path(name).name for name in row[key])}"
+            for key, word in (("sources", "from"), ("cascade", "enlarged by"))
+            if key in row
         ),
         f"seed {row['seed']}",
         f"video {row['number']}",

@@ -9,6 +9,7 @@ nearest given one's colour.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal
 
 import cv2
@@ -129,16 +130,22 @@ class Request:
     def head(self, available: int) -> int:
         """How many latent frames to give at a clip's start, of so many frames: as many as training
         gives and there are."""
-        return self._count(available, lambda n: 1 + (n - 1) * self.factors[0])
+        return max(self._counts(available, lambda n: 1 + (n - 1) * self.factors[0]), default=1)
 
     def tail(self, available: int) -> int:
-        """How many latent frames to give at a clip's end, of so many frames, likewise."""
-        return self._count(available, lambda n: n * self.factors[0])
+        """How many latent frames to give at a clip's end, of so many frames, likewise; if it can
+        be, more than the first is left, which is one frame alone."""
+        counts = self._counts(available, lambda n: n * self.factors[0])
+        more = [n for n in counts if n < self._latents - 1]
+        return max(more or counts, default=1)
 
-    def _count(self, available: int, pixels: Any) -> int:
-        latents = 1 + (self.frames - 1) // self.factors[0]
+    def _counts(self, available: int, pixels: Callable[[int], int]) -> list[int]:
         counts = self.generator.task.given.first_frames
-        return max([n for n in counts if n < latents and pixels(n) <= available], default=1)
+        return [n for n in counts if n < self._latents and pixels(n) <= available]
+
+    @property
+    def _latents(self) -> int:
+        return 1 + (self.frames - 1) // self.factors[0]
 
     def _rows(self, encoded: np.ndarray) -> np.ndarray:
         return np.repeat(encoded, self.count, axis=0) if len(encoded) == 1 else encoded

@@ -1,6 +1,7 @@
 """Which sizes, lengths and frame rates a model samples: pure functions of its numbers."""
 
 import dataclasses
+import logging
 import math
 import re
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from walt_jax.errors import UserError
 from walt_jax.models import DenoiserConfig
 from walt_jax.tasks.given import Grid
 
+logger = logging.getLogger(__name__)
 _ASPECT = re.compile(r"(\d+(?:\.\d+)?):(\d+(?:\.\d+)?)@(\d+)")
 _PIXELS = re.compile(r"(\d+)x(\d+)")
 
@@ -84,6 +86,8 @@ class Sizes:
         size = self._parse(asked) if isinstance(asked, str) else tuple(map(int, asked))
         if not self._admits(size):
             raise UserError(f"Frames of {_shown(size)} do not fit this model: {self._fitting()}.")
+        if isinstance(asked, str) and ":" in asked:
+            logger.info("The size %s is %s here.", asked, _shown(size))
         return size
 
     def frames(self, seconds: float | None = None) -> int:
@@ -120,7 +124,7 @@ class Sizes:
           UserError: the rate is no part of the model's.
         """
         keep = round(self.fps / fps) if fps and fps > 0 else 1
-        if fps is not None and (fps <= 0 or keep < 1 or abs(self.fps / keep - fps) > 0.01 * fps):
+        if fps is not None and (not fps > 0 or keep < 1 or abs(self.fps / keep - fps) > 0.01 * fps):
             rates = ", ".join(f"{self.fps / k:.3g}" for k in (1, 2, 3, 4))
             raise UserError(
                 f"{fps:g} fps do not fit this model, which makes {self.fps:g} and can leave frames "

@@ -104,6 +104,12 @@ def long_pieces(request: Request) -> Iterator[np.ndarray]:
     start = None
     if request.sources:
         start = request.read(0)
+        if len(start) >= frames:
+            raise UserError(
+                f"{name_of(request.sources[0])} has {len(start)} frames at {fps:g} fps, and a long "
+                f"video of {frames} is asked for, the start counted in: give more seconds than "
+                f"{len(start) / fps:.3g}."
+            )
         start = start[None, : len(start) - (len(start) - 1) % factor].repeat(request.count, axis=0)
     text, negative = (
         None if said is None else request.generator.texts(said)

@@ -1,6 +1,7 @@
 """A trained model for people: what `walt_jax.load` returns."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -102,9 +103,19 @@ class Walt:
         return self.generator.encode(clip[None])[0]
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
-        """Latents (t, h, w, C), or several, to uint8 (T, H, W, 3), or several."""
-        several = np.ndim(latents) == 5
-        videos = self.generator.decode(latents if several else np.asarray(latents)[None])
+        """Latents (t, h, w, C), or several, to uint8 (T, H, W, 3), or several.
+
+        Raises:
+          UserError: they have another form.
+        """
+        latents, channels = np.asarray(latents), self.generator.task.model.latent_channels
+        if latents.ndim not in (4, 5) or latents.shape[-1] != channels or not latents.size:
+            raise UserError(
+                f"Latents of this model are (t, h, w, {channels}), or several, got "
+                f"{latents.shape}: give what encode returns, or of that form."
+            )
+        several = latents.ndim == 5
+        videos = self.generator.decode(latents if several else latents[None])
         return videos if several else videos[0]
 
     def request(
@@ -135,6 +146,7 @@ class Walt:
         if task not in TASKS:
             raise UserError(f"There is no task {task!r}: choose one of {', '.join(TASKS)}.")
         _check_numbers(seed, seconds, {"num": num, "steps": steps, "batch_size": batch_size})
+        guidance, given_guidance = map(_scale, (guidance, given_guidance))
         sources = (*_listed(image), *_listed(video))
         read = {"seconds": seconds, "mask": mask, "direction": direction, "strength": strength}
         read["scheme"] = scheme
@@ -144,6 +156,11 @@ class Walt:
         if direction not in (None, "forward", "backward"):
             raise UserError(f"direction is forward or backward, got {direction!r}.")
         generator, model = self.generator, self.generator.task.model
+        if model.upsampling is not None:
+            raise UserError(
+                "This model makes clips larger and none of its own: sample from a base model, and "
+                "name this one as its cascade."
+            )
         like = size_of(sources[0]) if sources and task != "outpaint" else None
         pictures = len(sources) if task == "image_to_video" else 0
         prompts, negatives, labels = _listed(prompt), _listed(negative_prompt), _listed(label)
@@ -153,15 +170,12 @@ class Walt:
             raise UserError("This model reads no text: leave the prompts out.")
         if labels and not model.num_classes:
             raise UserError("This model has no classes: leave the labels out.")
-        scale = Constant(float(guidance)) if isinstance(guidance, int | float) else guidance
-        if scale not in (None, NONE) and not (model.num_classes or model.text_features):
+        if guidance != NONE and not (model.num_classes or model.text_features):
             raise UserError("This model has no classes and reads no text: leave guidance out.")
-        by_given = given_guidance
-        by_given = Constant(float(by_given)) if isinstance(by_given, int | float) else by_given
         options = {
             "sampler": self._sampler(sampler, steps),
-            "guidance": scale or NONE,
-            "given_guidance": by_given or NONE,
+            "guidance": guidance,
+            "given_guidance": given_guidance,
             "batch_size": batch_size,
             "progress": progress,
         }
@@ -256,8 +270,20 @@ def _check_numbers(seed: int, seconds: float | None, counts: Mapping[str, int | 
             raise UserError(f"{name} must be at least 1, got {number}.")
     if not 0 <= seed < 2**32:
         raise UserError(f"seed must lie in 0 to {2**32 - 1}, got {seed}.")
-    if seconds is not None and not 0 < seconds < float("inf"):
+    if seconds is not None and not 0 < seconds < math.inf:
         raise UserError(f"A video lasts longer than 0 seconds, and not for ever: got {seconds:g}.")
+
+
+def _scale(said: float | Scale | None) -> Scale:
+    scale = Constant(float(said)) if isinstance(said, int | float) else said or NONE
+    if not math.isfinite(scale.scale):
+        raise UserError(f"A strength of guidance is a number such as 3, got {scale.scale}.")
+    return scale
+
+
+def packaged() -> list[str]:
+    """The names of the models that come with the package."""
+    return sorted(f.parent.name for f in ASSETS.glob(f"*/{config_lib.RESOLVED}"))
 
 
 def find(source: str | Path) -> epath.Path:
@@ -269,11 +295,10 @@ def find(source: str | Path) -> epath.Path:
     for folder in (epath.Path(source), epath.Path(ASSETS / str(source))):
         if (folder / config_lib.RESOLVED).exists():
             return folder
-    known = sorted(f.parent.name for f in ASSETS.glob(f"*/{config_lib.RESOLVED}"))
+    known = ", ".join(packaged()) or "there is none"
     raise UserError(
         f"{source} holds no run and no export (no {config_lib.RESOLVED}), and no model that comes "
-        f"with walt_jax has this name ({', '.join(known) or 'there is none'}): give a --workdir of "
-        "train, or a folder of export."
+        f"with walt_jax has this name ({known}): give a --workdir of train, or a folder of export."
     )
 
 

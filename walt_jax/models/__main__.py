@@ -1,6 +1,5 @@
 """`python -m walt_jax.models [--json]`: every named model with its number of parameters."""
 
-import argparse
 import json
 from collections.abc import Sequence
 
@@ -36,7 +35,7 @@ def parameter_counts() -> dict[str, dict[str, int]]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads the command line and prints."""
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         description="Every named model with its number of parameters.", allow_abbrev=False
     )
     parser.add_argument("--json", action="store_true", help="as JSON, with every sub-network")

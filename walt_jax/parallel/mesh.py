@@ -62,13 +62,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     devices = list(jax.devices()) if devices is None else list(devices)
     sizes = [getattr(config, axis) for axis in AXES]
     if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
-        raise UserError(f"config.mesh {sizes} must be positive sizes with at most one -1.")
+        raise UserError(f"The mesh {sizes} must be positive sizes with at most one -1.")
     fixed = math.prod(s for s in sizes if s != -1)
     sizes = [len(devices) // fixed if s == -1 else s for s in sizes]
     if math.prod(sizes) != len(devices):
         shape = " x ".join(f"{a} {s}" for a, s in zip(AXES, sizes))
         raise UserError(
-            f"config.mesh ({shape}) does not make {len(devices)} devices: set one axis to -1."
+            f"The mesh {shape} does not make {len(devices)} devices: set one axis of it to -1."
         )
     types = (AxisType.Auto,) * len(AXES)
     slices = len({getattr(d, "slice_index", 0) for d in devices if d.platform == "tpu"} or {0})

@@ -29,9 +29,9 @@ def folder_of(path: str, revision: str = "", *, download: bool = True) -> Path:
         )
     if not re.fullmatch("[0-9a-f]{40}", revision):
         raise UserError(
-            f"The hub id {path} has no commit: set config.task.text.revision to the 40 hex digits "
-            "that the model's page shows under 'Files', so that it stays what it is; or give a "
-            "folder on this machine."
+            f"The hub id {path} has no commit: give the 40 hex digits that the model's page "
+            "shows under 'Files' as config.task.text.revision (encode: --text_revision), so that "
+            "it stays what it is; or a folder on this machine."
         )
     return _from_hub(path, revision, download)
 
