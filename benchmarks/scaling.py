@@ -61,7 +61,7 @@ def points() -> Iterator[Point]:
         yield Point(size, f"configs/walt_ucf101.py:{size}", "v5e:4x4", 4)
     for topology, fsdp in {"4x4x4": 16, "4x8x8": 8, "8x8x16": 16, "16x16x16": 16}.items():
         yield Point("3b", _TEXT, f"v5p:{topology}", fsdp)
-    for clips in (8, 16):
+    for clips in (8, 16, 24):
         yield Point("3b", _TEXT, "v6e:8x8", 8, clips=clips)
     for slices in (1, 4, 16):
         yield Point("3b", _TEXT, "v6e:16x16", 16, slices)

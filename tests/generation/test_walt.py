@@ -8,6 +8,7 @@ import av
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
 import walt_jax
@@ -86,6 +87,10 @@ def test_encode_and_decode(walt, pictures, tmp_path):
     assert walt.label_names == walt.generator.label_names
 
 
+def unreachable(_):
+    raise RuntimeError("no host\nand more")
+
+
 def test_models_are_found_by_folder_export_and_name(given_run, tmp_path, monkeypatch):
     export.export(given_run, tmp_path / "tiny")
     assert walt_jax.load(tmp_path / "tiny").step == 7
@@ -94,6 +99,12 @@ def test_models_are_found_by_folder_export_and_name(given_run, tmp_path, monkeyp
     assert walt_jax.load("tiny").step == 7
     with pytest.raises(UserError, match=r"huge holds no run.*has this name \(tiny\): give a"):
         walt_jax.load("huge")
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(UserError, match=r"reached \(no host\): see"),
+    ):
+        patch.setattr(type(epath.Path("x")), "exists", unreachable)
+        walt_jax.load("gs://bucket/run")
     with pytest.raises(UserError, match="No checkpoint of step 9"):
         walt_jax.load(given_run, step=9)
 

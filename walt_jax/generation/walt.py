@@ -290,10 +290,18 @@ def find(source: str | Path) -> epath.Path:
     """The folder of a run, an export or a packaged model.
 
     Raises:
-      UserError: there is none.
+      UserError: there is none, or a bucket cannot be reached.
     """
     for folder in (epath.Path(source), epath.Path(ASSETS / str(source))):
-        if (folder / config_lib.RESOLVED).exists():
+        try:
+            there = (folder / config_lib.RESOLVED).exists()
+        except Exception as e:  # storage libraries have errors of their own
+            reason = str(e).partition("\n")[0]
+            raise UserError(
+                f"{source} cannot be reached ({reason}): see to the network and to your rights, or "
+                "copy the folder to this machine."
+            ) from e
+        if there:
             return folder
     known = ", ".join(packaged()) or "there is none"
     raise UserError(
