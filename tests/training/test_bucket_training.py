@@ -8,8 +8,10 @@ from walt_jax import config as config_lib
 from walt_jax.data.pipeline import Pipeline
 from walt_jax.data.records import open_dataset
 from walt_jax.errors import UserError
+from walt_jax.parallel import MeshConfig, make_mesh
 from walt_jax.training.experiment import Experiment
 from walt_jax.training.loop import train
+from walt_jax.training.program import Program
 
 TABLE = (
     {"resolution": 32, "num_frames": 9, "keep": 0.5, "batch_size": 8},
@@ -46,3 +48,11 @@ def test_a_batch_that_the_devices_do_not_divide_is_told(tmp_path, sprite_records
     table = (TABLE[0] | {"batch_size": 6}, TABLE[1])
     with pytest.raises(UserError, match=r"resolution 32, 9 frames.*multiple of the 8 devices"):
         train(experiment(sprite_records, table), tmp_path / "run", quiet=True)
+    parts = experiment(sprite_records, batch_size=48, optimizer={"accumulate": 3})
+    with pytest.raises(UserError, match=r"resolution 32, 9 frames.*8 devices.*accumulate=3\."):
+        train(parts, tmp_path / "run", quiet=True)
+
+
+def test_a_bucket_without_a_batch_size_takes_that_of_the_config(sprite_records):
+    table = [{key: value for key, value in TABLE[1].items() if key != "batch_size"}]
+    Program(experiment(sprite_records, table, batch_size=8), make_mesh(MeshConfig()))

@@ -1,6 +1,7 @@
 """Checkpoints: what is saved comes back, on any mesh, and what is damaged does not."""
 
 import dataclasses
+import json
 import logging
 import resource
 import shutil
@@ -16,6 +17,7 @@ from walt_jax.models import Network
 from walt_jax.models.text import ByteEncoder, ByteEncoderConfig
 from walt_jax.parallel import MeshConfig, make_mesh, state_shardings
 from walt_jax.parallel.sharding import place
+from walt_jax.training import checkpoints as checkpoints_module
 from walt_jax.training.checkpoints import Checkpoints
 from walt_jax.training.checksums import checksums
 from walt_jax.training.progress import Progress
@@ -161,6 +163,31 @@ def test_nothing_whole_is_one_sentence_and_begins_nothing_anew(copy):
     ):
         checkpoints.restore(shapes)
     assert (copy / "checkpoints" / "4").is_dir() and not (copy / "damaged").exists()
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("UNAVAILABLE: no connection")])
+def test_what_is_no_fault_of_the_checkpoint_leaves_it_in_place(copy, monkeypatch, error):
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr(checkpoints_module, "_check_sums", fails)
+    _, shapes = lying(numbers(), 1, data=1)
+    with pytest.raises(type(error)), Checkpoints(copy) as checkpoints:
+        checkpoints.restore(shapes)
+    assert (copy / "checkpoints" / "4").is_dir() and not (copy / "damaged").exists()
+
+
+def test_a_progress_of_another_version_is_no_damage(copy):
+    about = copy / "checkpoints" / "4"
+    progress = json.loads((about / "progress" / "metadata").read_text()) | {"mood": 1}
+    contents = json.loads((about / "contents" / "metadata").read_text())
+    contents["sha256"] = checkpoints_module._digest(contents["arrays"], progress)
+    (about / "progress" / "metadata").write_text(json.dumps(progress))
+    (about / "contents" / "metadata").write_text(json.dumps(contents))
+    _, shapes = lying(numbers(), 1, data=1)
+    with pytest.raises(UserError, match=r"keeps .*mood"), Checkpoints(copy) as checkpoints:
+        checkpoints.restore(shapes)
+    assert about.is_dir() and not (copy / "damaged").exists()
 
 
 def test_another_model_is_no_damage(copy):

@@ -9,8 +9,8 @@ import pytest
 from walt_jax.data.pipeline import DataConfig
 from walt_jax.errors import UserError
 from walt_jax.models import DenoiserConfig
-from walt_jax.parallel import MeshConfig, make_mesh
-from walt_jax.parallel.sharding import batch_sharding, place
+from walt_jax.parallel import MeshConfig, make_mesh, state_shardings
+from walt_jax.parallel.sharding import batch_sharding, on_host, path_of, place
 from walt_jax.tasks import DenoiserTask
 from walt_jax.training.checkpoints import Checkpoints
 from walt_jax.training.experiment import Experiment
@@ -43,6 +43,7 @@ def trained(offload, offloaded, folder=None):
         program = Program(experiment, mesh)
         state = program.create(np.uint32(0))
         step = program.lower({}, jax.eval_shape(lambda: BATCH)).compile()
+        assert program.flops({}, jax.eval_shape(lambda: BATCH)) > 0  # as the loop counts them
         batch = place(BATCH, jax.tree.map(lambda _: batch_sharding(mesh), BATCH))
         for i in range(2):
             state, metrics = step(state, {}, batch, np.uint32(0))
@@ -62,10 +63,21 @@ def test_resting_on_the_host_changes_no_number(tmp_path):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *jax.device_get((state, resting))
     )
-    kinds = {x.sharding.memory_kind for x in jax.tree.leaves(resting.opt_state) if x.ndim}
+    leaves = jax.tree_util.tree_leaves_with_path(resting.opt_state)
+    kinds = {x.sharding.memory_kind for path, x in leaves if path_of(path).endswith("kernel")}
     assert kinds == {"pinned_host"}
     elsewhere = {x.sharding.memory_kind for x in jax.tree.leaves((resting.params, resting.ema))}
     assert "pinned_host" not in elsewhere
+
+
+def test_what_a_tpu_does_not_move_stays():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4), jax.devices()[:8])
+    shapes = {"count": (), "bias": (1024,), "v_row/kernel": (1024,), "kernel": (4, 16)}
+    shapes |= {"a/embedding": (3, 16), "b/embedding": (3, 1024)}
+    shapes = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
+    resting = on_host(state_shardings(shapes, mesh), shapes)
+    there = {name for name, sharding in resting.items() if sharding.memory_kind == "pinned_host"}
+    assert there == {"kernel", "b/embedding"}
 
 
 @pytest.mark.parametrize(

@@ -207,6 +207,13 @@ def test_a_spike_is_told_from_noise():
     Guard(GuardConfig(), _Batches(), losses).check(51, 52, {"loss": 3.0})
 
 
+def test_other_metrics_need_not_be_finite():
+    guard = Guard(GuardConfig(), _Batches(), [])
+    assert guard.check(1, 1, {"loss": 1.0, "grad_norm": 2.0, "psnr": float("inf")}) == ""
+    with pytest.raises(Diverged, match=r"loss is 1.0 at step 2 \(gradients not finite: last\)"):
+        guard.check(2, 2, {"loss": 1.0, "grad_norm/last": float("nan")})
+
+
 def test_a_hang_ends_the_job_and_names_the_place(caplog):
     left = threading.Event()
     codes = []
@@ -219,6 +226,8 @@ def test_a_hang_ends_the_job_and_names_the_place(caplog):
         for step in range(8):  # longer than the limit, all in all
             watchdog.beat(step, "step")
             time.sleep(0.06)
+        watchdog.rest("compile")
+        time.sleep(0.5)
         assert not codes
         watchdog.beat(9, "data")
         assert left.wait(10)
@@ -284,3 +293,19 @@ def test_goodput_counts_what_attempts_lost(tmp_path, monkeypatch):
     assert second.spent == {"start": 30, "step": 80, "lost": 30, "down": 115}
     assert text.startswith("goodput 31% of 4m15s: down 1m55s (45%), step 1m20s (31%)")
     assert sum(second.spent.values()) == now[0] - 1000
+
+
+def test_goodput_counts_attempts_without_a_checkpoint(tmp_path, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(goodput_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(goodput_module.time, "time", lambda: now[0])
+    for _ in range(2):  # each is killed after 30 s
+        attempt = Goodput(tmp_path, writes=True)
+        attempt.resume({})
+        now[0] += 30
+        attempt.alive(1)
+        now[0] += 5
+    last = Goodput(tmp_path, writes=True)
+    now[0] += 10
+    last.resume({})
+    assert last.spent == {"start": 10, "lost": 65, "down": 5}

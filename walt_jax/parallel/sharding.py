@@ -56,24 +56,35 @@ def divisible(entries: Sequence[Any], shape: Sequence[int], mesh: Mesh) -> P:
     return P(*(e if e is not None and n % size(e) == 0 else None for e, n in zip(entries, shape)))
 
 
+def _rule(path: Sequence[Any]) -> P:
+    name = path_of(path)
+    return next(spec for pattern, spec in RULES if re.search(pattern, name))
+
+
 def state_shardings(state: PyTree, mesh: Mesh) -> PyTree:
     """NamedShardings for a state of arrays or ShapeDtypeStructs, by RULES."""
 
     def one(path: Sequence[Any], leaf: Any) -> NamedSharding:
-        name = path_of(path)
-        spec = next(spec for pattern, spec in RULES if re.search(pattern, name))
-        return NamedSharding(mesh, fit(spec, leaf.shape, mesh))
+        return NamedSharding(mesh, fit(_rule(path), leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(one, state)
 
 
 def on_host(shardings: PyTree, shapes: PyTree) -> PyTree:
-    """The same in the memory of the devices' hosts; scalars stay on the devices."""
-    return jax.tree.map(
-        lambda sharding, x: sharding.with_memory_kind("pinned_host") if x.ndim else sharding,
-        shardings,
-        shapes,
-    )
+    """The same in the memory of the devices' hosts, for what RULES divide: kernels and tables.
+
+    What is small stays on the devices, and what is divided into columns of other than multiples of
+    128: a TPU's compiler moves no parts of its lanes.
+    """
+
+    def one(path: Sequence[Any], sharding: NamedSharding, x: jax.ShapeDtypeStruct) -> NamedSharding:
+        if _rule(path) == P():
+            return sharding
+        columns = sharding.shard_shape(x.shape)[-1]
+        moves = columns == x.shape[-1] or columns % 128 == 0
+        return sharding.with_memory_kind("pinned_host") if moves else sharding
+
+    return jax.tree_util.tree_map_with_path(one, shardings, shapes)
 
 
 def frozen_shardings(frozen: PyTree, mesh: Mesh) -> PyTree:

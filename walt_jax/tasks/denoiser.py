@@ -136,9 +136,8 @@ class DenoiserTask(Task, name="denoiser"):
             keep_text(self.text, frozen.text_hash, workdir)
 
     def plain(self) -> "DenoiserTask":
-        return dataclasses.replace(
-            self, model=dataclasses.replace(self.model, remat=False, attention="xla")
-        )
+        plain = {"remat": False, "kept": (), "offloaded": (), "attention": "xla"}
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, **plain))
 
     def loss(
         self,

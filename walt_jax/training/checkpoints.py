@@ -30,6 +30,14 @@ FORMAT = 2
 _REST = ("step", "extra")
 _ABOUT_DAMAGED = "Checkpoints that could not be read. Nothing needs them: delete them.\n"
 _SAVE_TIMEOUT = 900  # seconds that a process waits for the others' parts of a checkpoint
+# Of errors that say nothing about a checkpoint: it is not set aside, and a restart may read it.
+_ELSEWHERE = (
+    "RESOURCE_EXHAUSTED",
+    "UNAVAILABLE",
+    "DEADLINE_EXCEEDED",
+    "PERMISSION_DENIED",
+    "UNAUTHENTICATED",
+)
 logger = logging.getLogger(__name__)
 logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells of every file it writes
 
@@ -186,6 +194,8 @@ class Checkpoints:
             except UserError:
                 raise
             except Exception as e:  # orbax and tensorstore each raise their own kinds
+                if isinstance(e, MemoryError) or any(word in str(e) for word in _ELSEWHERE):
+                    raise
                 problem = _first_line(e)
             if not (problem := distributed.agree(problem)):
                 self._set_aside(damaged)
@@ -273,10 +283,12 @@ def _contents(path: epath.Path) -> tuple[dict[str, Any], Progress]:
     progress = json.loads((path / "progress" / "metadata").read_text())
     if contents["sha256"] != _digest(contents["arrays"], progress):
         raise ValueError("its contents or progress were changed")
-    if contents["format"] != FORMAT:
+    fields = {field.name for field in dataclasses.fields(Progress)}
+    if contents["format"] != FORMAT or progress.keys() - fields:
         raise UserError(
-            f"{path} has format {contents['format']}, this walt_jax reads {FORMAT}: use the "
-            "version that wrote it."
+            f"{path} has format {contents['format']} and keeps {', '.join(sorted(progress))}; this "
+            f"walt_jax reads format {FORMAT} with {', '.join(sorted(fields))}: use the version "
+            "that wrote it."
         )
     return contents, Progress(**progress)
 

@@ -40,8 +40,9 @@ class Goodput:
         """
         self._file, self._writes = epath.Path(workdir) / ALIVE, writes
         self._began = self._mark = time.monotonic()
-        self._kind, self._said = "start", 0.0
+        self._kind, self._said = "start", -_PERIOD
         self.spent: dict[str, float] = {}
+        self._first, self._last = self._before()
 
     def to(self, kind: str) -> None:
         """From now on time goes to `kind`, one of `KINDS`."""
@@ -49,22 +50,27 @@ class Goodput:
         self.spent[self._kind] = self.spent.get(self._kind, 0.0) + now - self._mark
         self._kind, self._mark = kind, now
 
-    def resume(self, spent: Mapping[str, float], saved_at: float) -> None:
+    def _before(self) -> tuple[float, float]:
+        """When the first attempt began to train, and the last sign of life; Unix times."""
+        now = time.time()
+        if self._file.exists():
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # cut off in writing
+                said = json.loads(self._file.read_text())
+                return float(said.get("began", now)), float(said["time"])
+        return now, 0.0
+
+    def resume(self, spent: Mapping[str, float], saved_at: float | None = None) -> None:
         """Adds what the attempts before spent, by their newest checkpoint, and what that lost.
 
         Args:
-          spent: of the checkpoint that is gone on from.
-          saved_at: Unix time of it.
+          spent: of the checkpoint that is gone on from; empty where there was none yet.
+          saved_at: Unix time of it; None where there was none yet, and all that the attempts before
+            did is lost.
         """
         self.to(self._kind)
         began = time.time() - (time.monotonic() - self._began)
-        last = saved_at
-        if self._file.exists():
-            try:
-                last = max(saved_at, float(json.loads(self._file.read_text())["time"]))
-            except (ValueError, KeyError, TypeError):  # cut off while it was written
-                last = saved_at
-        last = min(last, began)
+        saved_at = self._first if saved_at is None else saved_at
+        last = min(max(saved_at, self._last), began)
         gone = {"lost": max(0.0, last - saved_at), "down": max(0.0, began - last)}
         for before in (spent, gone):
             self._add(before)
@@ -87,8 +93,9 @@ class Goodput:
             self._said = now
             # TensorFlow, which writes to gs://, has errors of its own; what matters more is
             # written elsewhere.
+            said = {"time": time.time(), "step": step, "began": self._first}
             with contextlib.suppress(Exception):
-                self._file.write_text(json.dumps({"time": time.time(), "step": step}) + "\n")
+                self._file.write_text(json.dumps(said) + "\n")
 
     @property
     def share(self) -> float:

@@ -85,7 +85,7 @@ class Guard:
           Diverged: the policy is to stop or to go back.
         """
         config, loss = self._config, metrics["loss"]
-        if not all(map(math.isfinite, metrics.values())):
+        if not finite(metrics):
             sentence = (
                 f"The loss is {loss} at step {step} ({_groups(metrics)}), of "
                 f"{describe_batch(self._data, batch)}"
@@ -119,6 +119,15 @@ class Guard:
         deviation = (high - low) / 1.349  # of a normal distribution with these quartiles
         limit = max(median + self._config.spike_deviations * deviation, 2 * median)
         return median if loss > limit else None
+
+
+def finite(metrics: Mapping[str, float]) -> bool:
+    """Whether a step's loss and gradients are; other metrics, such as a PSNR, need not be."""
+    return all(
+        math.isfinite(value)
+        for name, value in metrics.items()
+        if name == "loss" or name.partition("/")[0] == "grad_norm"
+    )
 
 
 def _groups(metrics: Mapping[str, float]) -> str:

@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import math
 import time
 from typing import Any
 
@@ -15,7 +14,7 @@ from walt_jax.errors import UserError
 from walt_jax.training import metrics as metrics_lib
 from walt_jax.training.experiment import Experiment
 from walt_jax.training.goodput import Goodput
-from walt_jax.training.guard import Guard
+from walt_jax.training.guard import Guard, finite
 from walt_jax.training.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -93,7 +92,7 @@ class Log:
         values = {k: float(v) for k, v in sorted(jax.device_get(metrics).items())}
         if (problem := self._guard.check(step, batch, values)) and not self._quiet:
             logger.warning(problem)
-        if all(map(math.isfinite, values.values())):
+        if finite(values):
             self._window.append(values)
         self._goodput.alive(step)
         if step % self._experiment.log_every and step != self._experiment.num_steps:

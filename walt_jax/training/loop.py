@@ -70,8 +70,8 @@ def train(
     )
     claim(write=False)
     mesh = make_mesh(experiment.mesh)
-    with jax.set_mesh(mesh):
-        run = _Run(experiment, workdir, mesh, quiet=quiet or not first)
+    with jax.set_mesh(mesh), Watchdog(experiment.guard.hang_seconds) as watchdog:
+        run = _Run(experiment, workdir, mesh, watchdog, quiet=quiet or not first)
         keep = {"keep": experiment.keep_checkpoints, "keep_every": experiment.keep_checkpoint_every}
         with Checkpoints(workdir, **keep) as checkpoints:
             return run.steps(checkpoints, functools.partial(claim, write=first))
@@ -81,11 +81,17 @@ class _Run:
     """What stays the same over the steps of a run."""
 
     def __init__(
-        self, experiment: Experiment, workdir: str | Path, mesh: Mesh, *, quiet: bool
+        self,
+        experiment: Experiment,
+        workdir: str | Path,
+        mesh: Mesh,
+        watchdog: Watchdog,
+        *,
+        quiet: bool,
     ) -> None:
         self.experiment, self.workdir, self.mesh, self.quiet = experiment, workdir, mesh, quiet
         self.goodput = Goodput(workdir, writes=jax.process_index() == 0)
-        self.watchdog = Watchdog(experiment.guard.hang_seconds)
+        self.watchdog = watchdog
         self.program = Program(experiment, mesh)
         self.task, self.layout = self.program.task, self.program.layout
         self.batch_sharding = batch_sharding(mesh)
@@ -110,9 +116,11 @@ class _Run:
         self.eval_data = make(few, seed=0, split=split, shuffle=False)
         self.dataset = dataset
         self.say(f"data: {self.data.describe()}")
+        self.watchdog.beat(0, "frozen weights")
         self.prepared = self.task.prepare(str(workdir), *datasets)
         self.frozen = place(self.prepared, frozen_shardings(self.prepared, mesh))
         self.key = place(np.asarray(experiment.seed, np.uint32), replicated(mesh))
+        self.watchdog.beat(0, "start")
         about = about_data(dataset, experiment.data.fps)
         self.score = Inline(
             experiment, workdir, mesh, self.frozen, about, quiet=quiet, beat=self.watchdog.alive
@@ -132,6 +140,7 @@ class _Run:
             "rng": jax.config.jax_default_prng_impl,
             "fingerprint": self.dataset.fingerprint,
         }
+        self.watchdog.beat(0, "restore")
         if checkpoints.latest is None:
             return self.program.create(self.key), Progress(**ours)
         state, progress = checkpoints.restore(self.program.abstract)
@@ -145,13 +154,14 @@ class _Run:
     def compile_steps(self) -> dict[Shape, tuple[Any, float]]:
         """The training step of every bucket: shapes -> (executable, model FLOPs)."""
         self.goodput.to("compile")
+        self.watchdog.rest("compile")
         compiled = {}
         for shapes in self.data.shapes():
             began = time.monotonic()
             executable = self.program.lower(self.frozen, shapes).compile()
             compiled[_shape(shapes)] = executable, self.program.flops(self.frozen, shapes)
             self.say(f"compiled {_shape(shapes)[-1]} in {time.monotonic() - began:.0f} s")
-        self.goodput.to("start")
+        self.watch("start", 0)
         return compiled
 
     def steps(self, checkpoints: Checkpoints, claim: Callable[[], None]) -> dict[str, float]:
@@ -161,9 +171,8 @@ class _Run:
         """
         experiment = self.experiment
         state, progress = self.initial(checkpoints)
-        if progress.step:
-            self.goodput.resume(progress.spent, progress.saved_at)
-        else:
+        self.goodput.resume(progress.spent, progress.saved_at or None)
+        if not progress.step:
             total = sum(x.size for x in jax.tree.leaves(self.program.abstract.params))
             shape = " x ".join(f"{axis} {n}" for axis, n in self.mesh.shape.items())
             self.say(f"{total:,} parameters on {shape} (how they lie: {self.workdir}/{SHARDINGS})")
@@ -174,11 +183,11 @@ class _Run:
         self.score.prepare(state)
         self.compiled = self.compile_steps()
         claim()
+        self.goodput.alive(progress.step)
         self.task.keep(self.prepared, str(self.workdir))
         self.writer = metrics_lib.make_writer(self.workdir) if jax.process_index() == 0 else None
         with (
             Preemption() as self.preemption,
-            self.watchdog,
             Profiler(experiment.profile, self.workdir) as self.profiler,
         ):
             try:

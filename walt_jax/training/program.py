@@ -46,18 +46,18 @@ class Program:
           UserError: the mesh does not divide a batch.
         """
         shards, parts = mesh.shape["data"] * mesh.shape["fsdp"], experiment.optimizer.accumulate
+        per_step = f"the {shards} devices of the data and fsdp axes"
+        per_step += f", times config.optimizer.accumulate={parts}" if parts > 1 else ""
         for name in ("batch_size", "image_batch_size"):
             if (size := getattr(experiment, name)) % (shards * parts):
-                times = f", times config.optimizer.accumulate={parts}" if parts > 1 else ""
+                raise UserError(f"config.{name}={size} must be a multiple of {per_step}.")
+        buckets = experiment.data.buckets
+        for bucket in buckets.table if buckets else ():
+            budget = buckets.batch_multiple if buckets.token_budget else experiment.batch_size
+            if (bucket.batch_size or budget) % (shards * parts):
                 raise UserError(
-                    f"config.{name}={size} must be a multiple of the {shards} devices of the data "
-                    f"and fsdp axes{times}."
-                )
-        for bucket in experiment.data.buckets.table if experiment.data.buckets else ():
-            if (bucket.batch_size or experiment.data.buckets.batch_multiple) % shards:
-                raise UserError(
-                    f"config.data.buckets: the batch_size of {bucket} (or batch_multiple, where it "
-                    f"is 0) must be a multiple of the {shards} devices of the data and fsdp axes."
+                    f"config.data.buckets: the batch_size of {bucket} (or batch_multiple, where a "
+                    f"token_budget makes it) must be a multiple of {per_step}."
                 )
         self.task, self.layout, self._mesh = experiment.task, Layout(mesh), mesh
         self._config = experiment.optimizer

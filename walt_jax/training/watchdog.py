@@ -2,6 +2,7 @@
 
 import faulthandler
 import logging
+import math
 import os
 import sys
 import threading
@@ -45,6 +46,10 @@ class Watchdog:
     def beat(self, step: int, doing: str) -> None:
         """This process is alive: it begins `doing` (data, step, ...) after `step` updates."""
         self._place, self._mark = (step, doing), time.monotonic()
+
+    def rest(self, doing: str) -> None:
+        """What this process begins may take any time, such as compiling; the next beat ends it."""
+        self._place, self._mark = (self._place[0], doing), math.inf
 
     def alive(self) -> None:
         """What it does takes long, but goes on."""
