@@ -15,9 +15,10 @@ from walt_jax.parallel import MeshConfig, make_mesh
 from walt_jax.rehearsal import attention_prices
 from walt_jax.rehearsal.attention_prices import AttentionKernel
 from walt_jax.rehearsal.chips import Topology
+from walt_jax.rehearsal.collectives import _seconds
 from walt_jax.rehearsal.estimate import _moved, too_large
 from walt_jax.rehearsal.hlo import Instruction, Module
-from walt_jax.rehearsal.report import Report, _seconds, lines, read
+from walt_jax.rehearsal.report import Report, lines, read
 from walt_jax.rehearsal.search import candidates, table
 from walt_jax.rehearsal.steps import batches, steps
 from walt_jax.training.experiment import Experiment
@@ -240,6 +241,43 @@ def test_a_permute_sends_all_of_its_bytes():
     text = "u8[45000000] collective-permute(%x), source_target_pairs={{0,1},{1,2},{2,3}}"
     found = _seconds(Instruction("x", text), Topology.parse("v5e:2x2"), mesh)
     assert found == pytest.approx(1e-3)
+
+
+def _transfer(number, operation, sent, received):
+    """A send, its recv and their ends, as the compiler writes what hosts of slices do."""
+    about = (
+        'is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="'
+        f'{operation}.{number}_0",_xla_megascale_target="{{1,2,3,4}}x{{0:3}}",'
+        f'_xla_megascale_transfer_type="{operation.upper().replace("-", "_")}"}}\n'
+    )
+    return (
+        f"  %send.{number} = ({sent}, u32[], token[]) send(%x, %a.{number}), {about}",
+        f"  %recv.{number} = ({received}, u32[], token[]) recv(%a.{number}), {about}",
+        f"  %recv-done.{number} = ({received}, token[]) recv-done(%recv.{number})\n",
+    )
+
+
+@pytest.mark.parametrize("cycles", [0, 1_500_000, 30_000_000])
+def test_what_hosts_of_slices_send_is_counted(cycles):
+    """A sum and a gather of 25 MB each, 12 and 6 ms of a v5e's network; one waits for the other."""
+    sum_, gather = (
+        _transfer(1, "all-reduce", "f32[6250000]{0}", "f32[6250000]{0}"),
+        _transfer(10, "all-gather", "f32[1562500]{0}", "f32[6250000]{0}"),
+    )
+    work = f'  %f.1 = f32[8]{{0}} fusion(%x), "estimated_cycles":"{cycles}"\n'
+    lines_ = (sum_[0], gather[0], *sum_[1:2], gather[1], work, gather[2], sum_[2])
+    text = f"ENTRY %main (x: f32[8]) -> f32[8] {{\n{''.join(lines_)}}}\n"
+    mesh = make_mesh(MeshConfig(data=8))
+    found = read(text, 0.0, Topology.parse("v5e:2x2", 4), mesh, lambda kernels: {})
+    by_name = {(c.operation, c.axes): c for c in found["collectives"]}
+    sum_, gather = (by_name[o, "data (DCN)"] for o in ("all-reduce", "all-gather"))
+    assert (sum_.bytes, gather.bytes, sum_.count) == (25e6, 25e6, 1)
+    assert sum_.seconds == pytest.approx(2 * 25e6 * 3 / 4 / 3.125e9)
+    assert gather.seconds == pytest.approx(25e6 * 3 / 4 / 3.125e9)
+    assert found["collective_bytes"] == 50e6
+    hidden = cycles / 1.5e9
+    assert found["exposed_seconds"] == pytest.approx(max(0.0, 0.018 - hidden))
+    assert gather.exposed == pytest.approx(max(0.0, 0.018 - hidden)) and sum_.exposed == 0
 
 
 @pytest.mark.parametrize(
