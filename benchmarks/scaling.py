@@ -21,6 +21,7 @@ import matplotlib.pyplot as plt
 from walt_jax import cli
 from walt_jax import config as config_lib
 from walt_jax.rehearsal.chips import Topology
+from walt_jax.rehearsal.search import with_clips
 from walt_jax.rehearse import run
 from walt_jax.training.experiment import Experiment
 
@@ -71,9 +72,7 @@ def rehearsed(point: Point) -> dict[str, Any]:
     """The report of a point's slowest step."""
     topology = Topology.parse(point.topology, point.slices)
     values = config_lib.load(point.config, list(point.overrides))
-    values["batch_size"] = point.clips * topology.chips
-    if values.get("image_batch_size"):
-        values["image_batch_size"] = values["batch_size"]
+    values = with_clips(values, point.clips, topology)
     values["mesh"] = {"data": topology.chips // point.fsdp, "fsdp": point.fsdp}
     experiment = config_lib.build(Experiment, values)
     reports = run(experiment, topology, topology.devices(), "train")

@@ -40,6 +40,8 @@ class Report:
       buffers: the largest arrays, (bytes, type, where from).
       unpriced: kernels without a price, which est_cycles lacks.
       compile_seconds: on this machine.
+      remat: of a search, what the candidate recomputes.
+      error: of a search, what the compiler says where it failed, other than for want of memory.
     """
 
     step: str
@@ -62,6 +64,8 @@ class Report:
     collectives: tuple[Collective, ...] = ()
     buffers: tuple[tuple[int, str, str], ...] = ()
     unpriced: tuple[str, ...] = ()
+    remat: str = ""
+    error: str = ""
 
 
 def rehearse(step: Step, topology: Topology, mesh: Mesh, price: Prices) -> Report:
@@ -158,6 +162,8 @@ def lines(report: Report) -> list[str]:
     out = [f"{report.step} on {report.topology} ({mesh}); {NOTE}"]
     gib = functools.partial(_scaled, unit=2**30)
     limit = f"{gib(report.hbm_limit_bytes)} GiB"
+    if report.error:
+        return [*out, f"  the compiler failed: {report.error}"]
     if not report.fits and not report.est_cycles:
         needs = f"{gib(report.hbm_bytes)} of {limit}" if report.hbm_bytes else f"more than {limit}"
         return [*out, f"  memory: TOO MUCH, {needs}; the compiler made no program"]
