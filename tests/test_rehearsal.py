@@ -21,7 +21,7 @@ from walt_jax.rehearsal.chips import Topology
 from walt_jax.rehearsal.collectives import _seconds
 from walt_jax.rehearsal.estimate import _moved, too_large
 from walt_jax.rehearsal.hlo import Instruction, Module
-from walt_jax.rehearsal.report import Report, lines, read
+from walt_jax.rehearsal.report import Report, lines, read, room
 from walt_jax.rehearsal.search import candidates, remat, table, with_clips
 from walt_jax.rehearsal.steps import batches, steps
 from walt_jax.training.experiment import Experiment
@@ -184,6 +184,23 @@ def test_a_report_says_where_time_and_bytes_go():
     assert gather.exposed == 0 and reduce.exposed == reduce.seconds  # 600 cycles hide the first
     assert found["buffers"][0][0] == 2 * 5 * 64 * 256 * 2
     assert not found["unpriced"]
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("jit(step)/gradient/transpose(jvp(encoder))/res_block/mul", "encoder/res_block"),
+        ("jit(step)/gradient/jvp(decoder)/level/res_block/conv", "decoder/res_block"),
+        ("jit(step)/gradient/jvp(decoder)/level/reshape", "decoder/level"),
+        ("jit(step)/gradient/jvp(discriminator)/conv", "discriminator"),
+        ("jit(step)/gradient/jvp(layers)/while/body/cross_attention/dot", "cross_attention"),
+        ("jit(step)/gradient/jvp(text)/dot_general", "text"),
+        ("jit(step)/gradient/encode/add", "others"),
+    ],
+)
+def test_rooms(source, name):
+    text = f'f32[8]{{0}} add(%x, %x), metadata={{op_name="{source}"}}'
+    assert room(Module(""), Instruction("add.1", text)) == name
 
 
 def test_a_report_names_kernels_without_a_price():

@@ -18,8 +18,11 @@ from walt_jax.rehearsal.estimate import NOTE, peak_share, too_large
 from walt_jax.rehearsal.hlo import Instruction, Module
 from walt_jax.rehearsal.steps import Step
 
+# Named scopes. A network beside the denoiser is a house with rooms of its own: decoder/level.
 ROOMS = ("optimizer", "embed", "modulation", "attention", "cross_attention", "mlp", "read_out")
-_ROOM = re.compile(rf"\b({'|'.join(ROOMS)})\b")
+ROOMS += ("upsample", "level", "res_block")
+HOUSES = ("encoder", "decoder", "discriminator", "perceptual", "text")
+_ROOM = re.compile(rf"\b({'|'.join((*ROOMS, *HOUSES))})\b")
 _VIEWS = ("parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "constant")
 Prices = Callable[[dict[str, Instruction]], dict[str, int]]
 
@@ -143,11 +146,17 @@ def read(text: str, flops: float, topology: Topology, mesh: Mesh, price: Prices)
 
 def room(module: Module, instruction: Instruction) -> str:
     """The part of the model that most of an instruction is of, or "others"."""
-    found = Counter(
-        names[-1] for i in module.inside(instruction) if (names := _ROOM.findall(i.source))
-    )
-    own = _ROOM.findall(instruction.source)
-    return own[-1] if own else found.most_common(1)[0][0] if found else "others"
+    own = _room(instruction.source)
+    inside = Counter(name for i in module.inside(instruction) if (name := _room(i.source)))
+    return own or (inside.most_common(1)[0][0] if inside else "others")
+
+
+def _room(source: str) -> str:
+    """Of a JAX operation, by its named scopes: the innermost room, in its house; "" outside."""
+    names = _ROOM.findall(source)
+    rooms = [name for name in names if name in ROOMS][-1:]
+    houses = [name for name in names if name in HOUSES][-1:]
+    return "/".join((*houses, *rooms))
 
 
 def _largest(counts: Counter[Instruction], number: int = 8) -> tuple[tuple[int, str, str], ...]:
