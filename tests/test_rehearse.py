@@ -124,7 +124,7 @@ def test_a_search_goes_on_after_an_error_of_the_compiler(monkeypatch, capsys):
         rehearse.main(command.split())
     assert left.value.code == 1
     out = capsys.readouterr().out.splitlines()
-    assert "one chip" in out[1] and out[1].split()[4:6] == ["off", "no"]
+    assert "one chip" in out[1] and out[1].split()[3:5] == ["off", "no"]
     assert out[2].endswith("the compiler failed: INTERNAL: Mosaic failed") and len(out) == 3
     with pytest.raises(SystemExit) as left:
         rehearse.main([*command.split(), "--json"])
