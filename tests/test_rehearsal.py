@@ -1,6 +1,5 @@
 """What is read from a compiled TPU module: kinds of instructions, bytes of collectives."""
 
-import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,10 +14,10 @@ from walt_jax.parallel import MeshConfig, make_mesh
 from walt_jax.rehearsal import attention_prices
 from walt_jax.rehearsal.attention_prices import AttentionKernel
 from walt_jax.rehearsal.chips import Topology
+from walt_jax.rehearsal.collectives import _seconds
 from walt_jax.rehearsal.estimate import _moved, too_large
 from walt_jax.rehearsal.hlo import Instruction, Module
-from walt_jax.rehearsal.report import Report, _seconds, lines, read
-from walt_jax.rehearsal.search import candidates, table
+from walt_jax.rehearsal.report import Report, lines, read, room
 from walt_jax.rehearsal.steps import batches, steps
 from walt_jax.training.experiment import Experiment
 
@@ -182,6 +181,23 @@ def test_a_report_says_where_time_and_bytes_go():
     assert not found["unpriced"]
 
 
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("jit(step)/gradient/transpose(jvp(encoder))/res_block/mul", "encoder/res_block"),
+        ("jit(step)/gradient/jvp(decoder)/level/res_block/conv", "decoder/res_block"),
+        ("jit(step)/gradient/jvp(decoder)/level/reshape", "decoder/level"),
+        ("jit(step)/gradient/jvp(discriminator)/conv", "discriminator"),
+        ("jit(step)/gradient/jvp(layers)/while/body/cross_attention/dot", "cross_attention"),
+        ("jit(step)/gradient/jvp(text)/dot_general", "text"),
+        ("jit(step)/gradient/encode/add", "others"),
+    ],
+)
+def test_rooms(source, name):
+    text = f'f32[8]{{0}} add(%x, %x), metadata={{op_name="{source}"}}'
+    assert room(Module(""), Instruction("add.1", text)) == name
+
+
 def test_a_report_names_kernels_without_a_price():
     found = _read(lambda kernels: {})
     assert found["unpriced"] == ("window_attention_1x8x8_grid.3",)
@@ -242,6 +258,43 @@ def test_a_permute_sends_all_of_its_bytes():
     assert found == pytest.approx(1e-3)
 
 
+def _transfer(number, operation, sent, received):
+    """A send, its recv and their ends, as the compiler writes what hosts of slices do."""
+    about = (
+        'is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="'
+        f'{operation}.{number}_0",_xla_megascale_target="{{1,2,3,4}}x{{0:3}}",'
+        f'_xla_megascale_transfer_type="{operation.upper().replace("-", "_")}"}}\n'
+    )
+    return (
+        f"  %send.{number} = ({sent}, u32[], token[]) send(%x, %a.{number}), {about}",
+        f"  %recv.{number} = ({received}, u32[], token[]) recv(%a.{number}), {about}",
+        f"  %recv-done.{number} = ({received}, token[]) recv-done(%recv.{number})\n",
+    )
+
+
+@pytest.mark.parametrize("cycles", [0, 1_500_000, 30_000_000])
+def test_what_hosts_of_slices_send_is_counted(cycles):
+    """A sum and a gather of 25 MB each, 12 and 6 ms of a v5e's network; one waits for the other."""
+    sum_, gather = (
+        _transfer(1, "all-reduce", "f32[6250000]{0}", "f32[6250000]{0}"),
+        _transfer(10, "all-gather", "f32[1562500]{0}", "f32[6250000]{0}"),
+    )
+    work = f'  %f.1 = f32[8]{{0}} fusion(%x), "estimated_cycles":"{cycles}"\n'
+    lines_ = (sum_[0], gather[0], *sum_[1:2], gather[1], work, gather[2], sum_[2])
+    text = f"ENTRY %main (x: f32[8]) -> f32[8] {{\n{''.join(lines_)}}}\n"
+    mesh = make_mesh(MeshConfig(data=8))
+    found = read(text, 0.0, Topology.parse("v5e:2x2", 4), mesh, lambda kernels: {})
+    by_name = {(c.operation, c.axes): c for c in found["collectives"]}
+    sum_, gather = (by_name[o, "data (DCN)"] for o in ("all-reduce", "all-gather"))
+    assert (sum_.bytes, gather.bytes, sum_.count) == (25e6, 25e6, 1)
+    assert sum_.seconds == pytest.approx(2 * 25e6 * 3 / 4 / 3.125e9)
+    assert gather.seconds == pytest.approx(25e6 * 3 / 4 / 3.125e9)
+    assert found["collective_bytes"] == 50e6
+    hidden = cycles / 1.5e9
+    assert found["exposed_seconds"] == pytest.approx(max(0.0, 0.018 - hidden))
+    assert gather.exposed == pytest.approx(max(0.0, 0.018 - hidden)) and sum_.exposed == 0
+
+
 @pytest.mark.parametrize(
     ("said", "gib", "shown"),
     [
@@ -260,26 +313,6 @@ def test_what_a_program_that_does_not_fit_needs(said, gib, shown):
     report = Report("step", "v5e:1x1", {}, False, needed, 16 * 2**30, 1.0)
     assert f"TOO MUCH, {shown}" in lines(report)[1] and len(lines(report)) == 2
     assert too_large(jax.errors.JaxRuntimeError("INTERNAL: Used 1G of 2G")) is None
-
-
-def test_a_search_has_parameters_along_a_side_and_ranks_by_the_whole_step():
-    values = {"task": {"model": {"kept": ()}}}
-    slices = Topology.parse("v5e:4x8", 2)
-    meshes = [found["mesh"] for found in candidates(values, slices, "train")]
-    assert meshes and all(math.prod(mesh.values()) == slices.chips for mesh in meshes)
-    assert {m["fsdp"] * m["tensor"] * m["context"] for m in meshes} == {8, 32}
-
-    def report(name, fits, share, exposed):
-        about = {"mesh": {"fsdp": 8}, "hbm_bytes": 1, "hbm_limit_bytes": 2, "compile_seconds": 0.0}
-        times = {"est_mfu": share, "est_step_seconds": 1.0, "exposed_seconds": exposed}
-        return Report(name, "v5e:4x8", fits=fits, **about, **times)
-
-    reports = (
-        report("big", False, 0.9, 0),
-        report("sends", True, 0.6, 1),
-        report("best", True, 0.5, 0),
-    )
-    assert [line.split()[1] for line in table(reports)[1:]] == ["best", "sends", "big"]
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,12 @@ import jax
 from walt_jax import cli
 from walt_jax import config as config_lib
 from walt_jax.errors import UserError
-from walt_jax.parallel import AXES, MeshConfig, make_mesh
+from walt_jax.parallel import MeshConfig, make_mesh
+from walt_jax.parallel.mesh import parse_mesh
 from walt_jax.rehearsal.attention_prices import AttentionPrices
 from walt_jax.rehearsal.chips import Topology
 from walt_jax.rehearsal.report import Report, lines, rehearse
-from walt_jax.rehearsal.search import candidates, table
+from walt_jax.rehearsal.search import CLIPS, candidates, remat, table, with_clips
 from walt_jax.rehearsal.steps import KINDS, steps
 from walt_jax.tasks import DenoiserTask
 from walt_jax.training.experiment import Experiment
@@ -39,10 +40,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Reads the command line, compiles and reports."""
     jax.config.update("jax_platforms", "cpu")
     args, overrides = cli.parse(_parser(), argv)
+    _check(args)
     topology = Topology.parse(args.topology, args.num_slices)
     values = config_lib.load(args.config, overrides)
-    if args.clips:
-        values["batch_size"] = args.clips * topology.chips
+    if args.clips is not None:
+        values = with_clips(values, args.clips, topology)
     devices = topology.devices()
     if args.search:
         reports = _search(values, topology, devices, args)
@@ -55,12 +57,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         records = [dataclasses.asdict(report) for report in reports]
         text = json.dumps(records if args.search or len(records) > 1 else records[0], indent=1)
         if args.json == "-":
-            print(text)
-            return
-        Path(args.json).write_text(text + "\n")
+            shown = [text]
+        else:
+            Path(args.json).write_text(text + "\n")
     print("\n".join(shown))
     if not any(report.fits for report in reports):
         sys.exit(1)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuses, before minutes of compiling, what would fail after them or not be heeded."""
+    if args.clips is not None and args.clips < 1:
+        raise UserError(f"--clips must be at least 1 a chip, got {args.clips}.")
+    if args.search and args.mesh:
+        raise UserError("--search tries meshes of its own: leave --mesh out.")
+    path = Path(args.json or "-")
+    if path.is_dir() or not path.parent.is_dir():
+        wrong = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+        raise UserError(f"--json {path} cannot be written: {wrong}.")
 
 
 def run(
@@ -85,18 +99,35 @@ def _search(
     devices: Sequence[jax.Device],
     args: argparse.Namespace,
 ) -> list[Report]:
-    """One report for each candidate, printed as they come."""
+    """One report for each candidate, printed as they come; of errors too."""
     found = []
-    for changed in candidates(values, topology, args.job):
+    for changed in candidates(values, topology, args.job, [args.clips] if args.clips else CLIPS):
         try:
             reports = run(config_lib.build(Experiment, changed), topology, devices, args.job)
         except UserError as e:
             print(f"left out: {e}", file=sys.stderr)
             continue
+        except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as e:
+            reports = [_failed(changed, topology, e)]
         slowest = max(reports, key=lambda r: (not r.fits, r.est_cycles))
-        found.append(slowest)
-        print(lines(slowest)[1].strip(), changed["mesh"], file=sys.stderr)
+        found.append(dataclasses.replace(slowest, remat=remat(changed, args.job)))
+        print(lines(slowest)[1].strip(), changed["mesh"], found[-1].remat, file=sys.stderr)
     return found
+
+
+def _failed(values: dict[str, Any], topology: Topology, error: Exception) -> Report:
+    """The row of a candidate at which the compiler fails, other than for want of memory."""
+    said = str(error).strip().splitlines() or [type(error).__name__]
+    return Report(
+        f"{values['batch_size']} clips",
+        str(topology),
+        values["mesh"],
+        fits=False,
+        hbm_bytes=0,
+        hbm_limit_bytes=topology.chip.hbm,
+        compile_seconds=0.0,
+        error=said[0],
+    )
 
 
 def _mesh(args: argparse.Namespace, topology: Topology) -> MeshConfig:
@@ -105,11 +136,7 @@ def _mesh(args: argparse.Namespace, topology: Topology) -> MeshConfig:
         if args.mesh:
             raise UserError(f"--job {args.job} has every chip on the data axis: leave --mesh out.")
         return MeshConfig()
-    given = args.mesh or [f"data={topology.chips // topology.side}", f"fsdp={topology.side}"]
-    found = dict(size.partition("=")[::2] for size in given)
-    if not set(found) <= set(AXES) or not all(n.lstrip("-").isdigit() for n in found.values()):
-        raise UserError(f"--mesh takes {', '.join(AXES)}, such as fsdp=16; got {' '.join(given)}.")
-    return MeshConfig(**({"data": 1} | {axis: int(n) for axis, n in found.items()}))
+    return parse_mesh(",".join(args.mesh)) if args.mesh else MeshConfig(fsdp=topology.side)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -198,6 +198,7 @@ def test_a_model_is_shown_in_few_words(walt):
 def test_meshes_in_words():
     assert parse_mesh("data=4,fsdp=2") == MeshConfig(data=4, fsdp=2)
     assert parse_mesh("fsdp=2") == MeshConfig(data=-1, fsdp=2)
+    assert parse_mesh("fsdp=-1") == MeshConfig(data=1, fsdp=-1)
 
 
 def test_videos_are_taken_at_the_models_rate_and_size(pictures, tmp_path, caplog):

@@ -35,19 +35,21 @@ class MeshConfig:
 def parse_mesh(text: str) -> MeshConfig:
     """`data=4,fsdp=2` of a command line; what is not named is 1, or the rest for data.
 
+    Where another axis is -1, and so the rest, data is 1.
+
     Raises:
-      UserError: another axis, or no number.
+      UserError: another axis, the same one twice, or no number.
     """
     sizes: dict[str, int] = {}
     for part in text.split(","):
         axis, _, size = part.strip().partition("=")
-        if axis not in AXES or not size.removeprefix("-").isdecimal():
+        if axis not in AXES or axis in sizes or not size.removeprefix("-").isdecimal():
             raise UserError(
                 f"{text!r} is no mesh: write sizes of the axes {', '.join(AXES)}, such as "
                 "data=4,fsdp=2."
             )
         sizes[axis] = int(size)
-    return MeshConfig(**sizes)
+    return MeshConfig(**({"data": 1} | sizes if -1 in sizes.values() else sizes))
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:

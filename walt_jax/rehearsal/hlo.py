@@ -87,6 +87,23 @@ class Instruction:
         found = re.search(r"\bchannel_id=(\d+)", self.text)
         return found[1] if found else ""
 
+    @property
+    def between_slices(self) -> str:
+        """The collective that hosts of slices carry out by this send or recv; "" of all else."""
+        found = re.search(r'_xla_megascale_transfer_type="(\w+)"', self.text)
+        return found[1].lower().replace("_", "-") if found else ""
+
+    @property
+    def rendezvous(self) -> str:
+        """What a send and its recv on other hosts have in common; "" of all else."""
+        found = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', self.text)
+        return found[1] if found else ""
+
+    @property
+    def operands(self) -> list[str]:
+        """Names of the instructions and computations that it refers to."""
+        return re.findall(r"%([\w.\-]+)", self.text)
+
     def group(self) -> list[int]:
         """The devices that a collective joins, of one group; empty where it does not say."""
         if found := re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}", self.text):
@@ -160,19 +177,22 @@ class Module:
     def _counts(self, computation: str, times: int) -> Counter[Instruction]:
         out: Counter[Instruction] = Counter()
         for instruction in self.computations[computation]:
-            if instruction.operation == "while":
-                trips = times * self._trips(instruction)
-                out.update(self._counts(*instruction.called("body"), trips))
-            elif instruction.operation == "conditional":
-                roles = ("branch_computations", "true_computation", "false_computation")
-                names = [name for role in roles for name in instruction.called(role)]
-                branches = [self._counts(name, times) for name in names]
-                out.update(max(branches, key=lambda b: sum(i.cycles * n for i, n in b.items())))
-            elif instruction.operation == "call":
-                out.update(self._counts(*instruction.called("to_apply"), times))
-            else:
-                out[instruction] += times
+            out.update(self.runs(instruction, times))
         return out
+
+    def runs(self, instruction: Instruction, times: int = 1) -> Counter[Instruction]:
+        """How often each priced instruction runs as this one runs so many times; see `counts`."""
+        if instruction.operation == "while":
+            trips = times * self._trips(instruction)
+            return self._counts(*instruction.called("body"), trips)
+        if instruction.operation == "conditional":
+            roles = ("branch_computations", "true_computation", "false_computation")
+            names = [name for role in roles for name in instruction.called(role)]
+            branches = [self._counts(name, times) for name in names]
+            return max(branches, key=lambda b: sum(i.cycles * n for i, n in b.items()))
+        if instruction.operation == "call":
+            return self._counts(*instruction.called("to_apply"), times)
+        return Counter({instruction: times})
 
     def _trips(self, loop: Instruction) -> int:
         condition = self.computations[loop.called("condition")[0]]

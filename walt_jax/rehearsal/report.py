@@ -9,40 +9,22 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from walt_jax.kernels.target import compiling_for
 from walt_jax.rehearsal.chips import Topology
+from walt_jax.rehearsal.collectives import Collective, collectives_of
 from walt_jax.rehearsal.estimate import NOTE, peak_share, too_large
 from walt_jax.rehearsal.hlo import Instruction, Module
 from walt_jax.rehearsal.steps import Step
 
+# Named scopes. A network beside the denoiser is a house with rooms of its own: decoder/level.
 ROOMS = ("optimizer", "embed", "modulation", "attention", "cross_attention", "mlp", "read_out")
-_ROOM = re.compile(rf"\b({'|'.join(ROOMS)})\b")
+ROOMS += ("upsample", "level", "res_block")
+HOUSES = ("encoder", "decoder", "discriminator", "perceptual", "text")
+_ROOM = re.compile(rf"\b({'|'.join((*ROOMS, *HOUSES))})\b")
 _VIEWS = ("parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "constant")
 Prices = Callable[[dict[str, Instruction]], dict[str, int]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Collective:
-    """All collectives of one operation over the same mesh axes.
-
-    Attributes:
-      operation: "all-gather" and so on.
-      axes: of the mesh, joined by "+".
-      count: a step.
-      bytes: of their results on one chip.
-      seconds: derived: bytes over the links' rate.
-      exposed: derived: the part of `seconds` for which the schedule has no other work meanwhile.
-    """
-
-    operation: str
-    axes: str
-    count: int
-    bytes: int
-    seconds: float
-    exposed: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +43,8 @@ class Report:
       buffers: the largest arrays, (bytes, type, where from).
       unpriced: kernels without a price, which est_cycles lacks.
       compile_seconds: on this machine.
+      remat: of a search, what the candidate recomputes.
+      error: of a search, what the compiler says where it failed, other than for want of memory.
     """
 
     step: str
@@ -83,6 +67,8 @@ class Report:
     collectives: tuple[Collective, ...] = ()
     buffers: tuple[tuple[int, str, str], ...] = ()
     unpriced: tuple[str, ...] = ()
+    remat: str = ""
+    error: str = ""
 
 
 def rehearse(step: Step, topology: Topology, mesh: Mesh, price: Prices) -> Report:
@@ -143,7 +129,7 @@ def read(text: str, flops: float, topology: Topology, mesh: Mesh, price: Prices)
         kinds[module.kind(i)] += cycles
         rooms[room(module, i)] += cycles
     total = kinds.total()
-    collectives = _collectives(module, counts, topology, mesh, priced)
+    collectives = collectives_of(module, counts, topology, mesh, priced)
     return {
         "est_cycles": total,
         "est_step_seconds": total / topology.chip.hertz,
@@ -160,105 +146,17 @@ def read(text: str, flops: float, topology: Topology, mesh: Mesh, price: Prices)
 
 def room(module: Module, instruction: Instruction) -> str:
     """The part of the model that most of an instruction is of, or "others"."""
-    found = Counter(
-        names[-1] for i in module.inside(instruction) if (names := _ROOM.findall(i.source))
-    )
-    own = _ROOM.findall(instruction.source)
-    return own[-1] if own else found.most_common(1)[0][0] if found else "others"
+    own = _room(instruction.source)
+    inside = Counter(name for i in module.inside(instruction) if (name := _room(i.source)))
+    return own or (inside.most_common(1)[0][0] if inside else "others")
 
 
-def _collectives(
-    module: Module,
-    counts: Counter[Instruction],
-    topology: Topology,
-    mesh: Mesh,
-    priced: dict[str, int],
-) -> tuple[Collective, ...]:
-    """Summed by operation and axes, most bytes first."""
-    found: dict[tuple[str, str], list[float]] = {}
-    for body in module.computations.values():
-        for i, meanwhile in _begun(module, body, priced):
-            times = counts.get(i.within, 0)
-            if not times:
-                continue
-            axes = _axes(i.collective, mesh)
-            seconds = _seconds(i.collective, topology, mesh)
-            exposed = max(0.0, seconds - meanwhile / topology.chip.hertz)
-            key = i.collective.operation.removesuffix("-start"), "+".join(axes) or "?"
-            row = found.setdefault(key, [0, 0, 0.0, 0.0])
-            for n, value in enumerate((1, i.collective.bytes, seconds, exposed)):
-                row[n] += times * value
-    rows = [Collective(*key, *map(int, row[:2]), *row[2:]) for key, row in found.items()]
-    return tuple(sorted(rows, key=lambda c: -c.bytes))
-
-
-@dataclasses.dataclass
-class _Begun:
-    """A collective, and the scheduled instruction that begins it."""
-
-    collective: Instruction
-    within: Instruction
-
-
-def _begun(
-    module: Module, body: list[Instruction], priced: dict[str, int]
-) -> list[tuple[_Begun, int]]:
-    """The collectives of a computation, each with the cycles until it is done.
-
-    An asynchronous one appears in the fusion that begins it, in one whose work goes on meanwhile,
-    and in the one that waits for its end; its channel is the same in all. Or it is a start and a
-    done.
-    """
-    begun: dict[str, tuple[_Begun, int]] = {}
-    ended: dict[str, int] = {}
-    clock = 0
-    for i in body:
-        for inner in module.inside(i):
-            if inner.is_collective:
-                name = inner.channel or inner.name
-                begun.setdefault(name, (_Begun(inner, i), clock))
-        clock += priced.get(i.name, i.cycles)
-        for inner in module.inside(i):
-            if inner.is_collective and not inner.operation.endswith("-start"):
-                ended[inner.channel or inner.name] = clock
-            elif inner.operation.endswith("-done"):
-                for name, (start, _) in begun.items():
-                    if f"%{start.collective.name}" in inner.text:
-                        ended[name] = clock
-    out = []
-    for name, (start, clock) in begun.items():
-        alone = start.within is start.collective and start.collective.operation[-6:] != "-start"
-        out.append((start, 0 if alone else max(0, ended.get(name, clock) - clock)))
-    return out
-
-
-def _axes(instruction: Instruction, mesh: Mesh) -> tuple[str, ...]:
-    """Along which axes of the mesh the devices of a group differ."""
-    group = np.array([n for n in instruction.group() if n < mesh.size], int)
-    places = np.array(np.unravel_index(group, mesh.devices.shape))
-    return tuple(axis for axis, row in zip(mesh.axis_names, places) if len(set(row.tolist())) > 1)
-
-
-def _seconds(instruction: Instruction, topology: Topology, mesh: Mesh) -> float:
-    """Bytes over the rate of the links, as rings along one axis of the torus move them.
-
-    An all-gather's result and a reduce-scatter's operand pass each chip once; an all-reduce is
-    both. Of a permute's pair one sends all. A ring has two directions; where an axis of the slice
-    does not close into a ring, as many bytes take twice as long. What several slices share, the
-    chips of a slice divide among them before it crosses the data centre's network, each its part.
-    """
-    group = [mesh.devices.flat[n] for n in instruction.group() if n < mesh.size]
-    slices = len({getattr(device, "slice_index", 0) for device in group}) or 1
-    within = len(group) // slices or 1
-    operation, passed = instruction.operation, float(instruction.bytes)
-    if operation.startswith("reduce-scatter"):
-        passed *= len(group)
-    if operation.startswith(("all-reduce", "collective-permute")):
-        passed *= 2
-    chip = topology.chip
-    closed = any(side in chip.wraps for side in topology.shape)
-    on_links = passed * (within - 1) / within / (chip.link * (2 if closed else 1))
-    return on_links + passed / within * (slices - 1) / slices / chip.dcn
+def _room(source: str) -> str:
+    """Of a JAX operation, by its named scopes: the innermost room, in its house; "" outside."""
+    names = _ROOM.findall(source)
+    rooms = [name for name in names if name in ROOMS][-1:]
+    houses = [name for name in names if name in HOUSES][-1:]
+    return "/".join((*houses, *rooms))
 
 
 def _largest(counts: Counter[Instruction], number: int = 8) -> tuple[tuple[int, str, str], ...]:
@@ -273,6 +171,8 @@ def lines(report: Report) -> list[str]:
     out = [f"{report.step} on {report.topology} ({mesh}); {NOTE}"]
     gib = functools.partial(_scaled, unit=2**30)
     limit = f"{gib(report.hbm_limit_bytes)} GiB"
+    if report.error:
+        return [*out, f"  the compiler failed: {report.error}"]
     if not report.fits and not report.est_cycles:
         needs = f"{gib(report.hbm_bytes)} of {limit}" if report.hbm_bytes else f"more than {limit}"
         return [*out, f"  memory: TOO MUCH, {needs}; the compiler made no program"]

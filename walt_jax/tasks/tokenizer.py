@@ -208,7 +208,8 @@ class TokenizerTask(Task, name="tokenizer"):
         metrics |= {"mse": mse, "psnr_db": psnr(mse)}
         if self.perceptual is not None:
             frames = (v.reshape(-1, *v.shape[2:]) for v in (x, y))
-            distance = self.perceptual.distance(frozen["perceptual"], *frames, layout).mean()
+            with jax.named_scope("perceptual"):
+                distance = self.perceptual.distance(frozen["perceptual"], *frames, layout).mean()
             loss, metrics["perceptual"] = loss + self.perceptual.weight * distance, distance
         return loss, metrics, quantizer(h), y  # as encoding gives them: without noise
 
