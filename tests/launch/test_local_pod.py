@@ -84,7 +84,8 @@ def test_when_a_job_starts_again():
     assert restarts_after(75, 3, 0) == (True, 3)
     assert restarts_after(137, 0, 1) == (True, 1) and restarts_after(137, 1, 1) == (False, 2)
     assert restarts_after(76, 0, 1)[0]
-    for status in (0, 2, 130, 143):
+    assert restarts_after(143, 0, 1) == (True, 1) and not restarts_after(143, 1, 1)[0]
+    for status in (0, 2, 130):
         assert not restarts_after(status, 0, 9)[0]
 
 
