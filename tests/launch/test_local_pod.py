@@ -7,8 +7,11 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from launch import local_pod
 from launch.commands import restarts_after
+from walt_jax.errors import UserError
 
 HEAD = "import os, sys, time; me = int(sys.argv[-1].split('=')[1]); "
 
@@ -78,6 +81,42 @@ def test_a_preempted_job_starts_again_and_a_crashed_one_so_often(tmp_path):
         os.unlink(tmp_path / i)
     done, _ = pod(code, processes=2)
     assert done.returncode == 1
+
+
+def test_sigterm_to_a_process_restarts_and_to_the_pod_ends(tmp_path):
+    mark = str(tmp_path / "mark")
+    code = f"first = not os.path.exists({mark!r}); open({mark!r}, 'w'); import signal; "
+    code += "print('began', flush=True); os.kill(os.getpid(), 15) if first else time.sleep(9)"
+    command = [sys.executable, "-m", "launch.local_pod", "--processes=1", "--restarts=5"]
+    command += ["--", sys.executable, "-c", HEAD + code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        lines = [process.stdout.readline() for _ in range(3)]
+        assert lines == [
+            "[0] began\n",
+            "pod: status 143, starting again\n",
+            "[0] began\n",
+        ]
+        process.send_signal(signal.SIGTERM)
+        assert "starting again" not in process.stdout.read()
+    assert process.returncode == 143
+
+
+def test_what_cannot_be_run_is_one_sentence():
+    with pytest.raises(UserError, match="/nosuch/prog cannot be run: No such file or directory"):
+        local_pod.main(["--", "/nosuch/prog"])
+    with pytest.raises(UserError, match="Give the command to run after --"):
+        local_pod.main([])
+    command = [sys.executable, "-m", "launch.local_pod", "--preload=os,nosuchmod", "--"]
+    done = subprocess.run(
+        [*command, "python", "-m", "x"], capture_output=True, text=True, check=False
+    )
+    sentence = "error: --preload nosuchmod cannot be imported: No module named 'nosuchmod'.\n"
+    assert (done.returncode, done.stderr) == (2, sentence)
+
+
+def test_the_launchers_start_without_jax():
+    code = "import launch.local_pod, launch.tpu_vm, launch.xpk, sys; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_when_a_job_starts_again():
