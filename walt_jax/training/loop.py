@@ -70,11 +70,12 @@ def train(
     )
     claim(write=False)
     mesh = make_mesh(experiment.mesh)
-    with jax.set_mesh(mesh):
+    # A profile that is asked for while steps compile is of the first ones.
+    with jax.set_mesh(mesh), Profiler(experiment.profile, workdir) as profiler:
         run = _Run(experiment, workdir, mesh, quiet=quiet or not first)
         keep = {"keep": experiment.keep_checkpoints, "keep_every": experiment.keep_checkpoint_every}
         with Checkpoints(workdir, **keep) as checkpoints:
-            return run.steps(checkpoints, functools.partial(claim, write=first))
+            return run.steps(checkpoints, profiler, functools.partial(claim, write=first))
 
 
 class _Run:
@@ -154,7 +155,9 @@ class _Run:
         self.goodput.to("start")
         return compiled
 
-    def steps(self, checkpoints: Checkpoints, claim: Callable[[], None]) -> dict[str, float]:
+    def steps(
+        self, checkpoints: Checkpoints, profiler: Profiler, claim: Callable[[], None]
+    ) -> dict[str, float]:
         """All steps from the newest checkpoint to the last; the last evaluation's metrics.
 
         The workdir is claimed once the state is there and every step compiled.
@@ -176,11 +179,8 @@ class _Run:
         claim()
         self.task.keep(self.prepared, str(self.workdir))
         self.writer = metrics_lib.make_writer(self.workdir) if jax.process_index() == 0 else None
-        with (
-            Preemption() as self.preemption,
-            self.watchdog,
-            Profiler(experiment.profile, self.workdir) as self.profiler,
-        ):
+        self.profiler = profiler
+        with Preemption() as self.preemption, self.watchdog:
             try:
                 while True:
                     try:
