@@ -122,6 +122,17 @@ def test_up_gives_the_chips_back_when_it_fails(cloud, capsys, gives, flags):
     assert told != gives and ("delete" in cloud.verbs()) != bool(flags)
 
 
+def test_up_says_that_chips_stay_when_it_is_interrupted(cloud, capsys, monkeypatch):
+    def interrupted(job):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tpu_vm.Job, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tpu_vm.main(["up", *VM, "--type=v5litepod-16", *TRAIN])
+    assert "walt is paid for until it is deleted: `gcloud" in capsys.readouterr().out
+    assert cloud.verbs() == ["list", "create"]
+
+
 def test_what_a_failed_job_logged_last_is_shown_before_its_log_goes(cloud):
     cloud.answers({"queued-resources list": [[0, "ACTIVE"]], "echo state=": [[0, "state=2"]]})
     with pytest.raises(SystemExit) as end:
