@@ -18,10 +18,11 @@ def restarts_after(status: int, crashes: int, allowed: int) -> tuple[bool, int]:
       crashes: before.
       allowed: `--restarts`.
     """
-    if status in (0, EXIT_USER, 128 + 2, 128 + 15):  # done, a mistake, or told to end
+    if status in (0, EXIT_USER, 128 + 2):  # done, a mistake, or Ctrl-C
         return False, crashes
     if status == EXIT_PREEMPTED:
         return True, crashes
+    # A crash, or SIGTERM (143) before there was anything to save: it might come so for ever.
     return crashes < allowed, crashes + 1
 
 

@@ -29,18 +29,21 @@ import traceback
 from collections.abc import Mapping, Sequence
 from typing import IO, NoReturn
 
-from launch.commands import divided, restarts_after
-from walt_jax.errors import EXIT_PREEMPTED, EXIT_USER
+from launch.commands import divided, job, restarts_after
+from walt_jax import cli
+from walt_jax.errors import EXIT_PREEMPTED, EXIT_USER, UserError
 
 _PASSED_ON = (signal.SIGTERM, signal.SIGINT)
 _PERIOD = 0.05  # seconds between two looks at the processes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the pod; returns the status of the process that ended it."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Runs the pod; returns the status of the process that ended it.
+
+    Raises:
+      UserError: a wrong argument, or what cannot be run or imported.
+    """
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=2, help="hosts (default 2)")
     parser.add_argument("--devices", type=int, default=1, help="CPU devices of each (default 1)")
     parser.add_argument("--restarts", type=int, default=0, help="after crashes (default 0)")
@@ -60,8 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry_run", action="store_true", help="print what would be run")
     flags, command = divided(argv)
     args = parser.parse_args(flags, argparse.Namespace(command=command))
-    if not command:
-        parser.error("give the command to run after --")
+    job(command)
     if args.processes < 1 or args.devices < 1:
         parser.error("--processes and --devices must be at least 1")
     if args.dry_run:
@@ -75,14 +77,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error("--preload takes a command python -m MODULE ...")
         os.environ.update(_environment(args, {}))  # jax reads it when it is imported
         for module in args.preload.split(","):
-            importlib.import_module(module)
+            _preload(module)
     crashes = 0
     while True:
-        status = _Pod(args).run()
+        pod = _Pod(args)
+        status = pod.run()
         again, crashes = restarts_after(status, crashes, args.restarts)
-        if not again:
+        if pod.told or not again:
             return status
         print(f"pod: status {status}, starting again", flush=True)
+
+
+def _preload(module: str) -> None:
+    try:
+        importlib.import_module(module)
+    except ImportError as e:
+        raise UserError(f"--preload {module} cannot be imported: {e}.") from e
 
 
 def _environment(args: argparse.Namespace, base: Mapping[str, str]) -> dict[str, str]:
@@ -99,15 +109,18 @@ def _command(args: argparse.Namespace, port: int | str, index: int) -> list[str]
 
 
 def _popen(command: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen:
-    return subprocess.Popen(
-        command,
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,  # what it starts ends with it
-    )
+    try:
+        return subprocess.Popen(
+            command,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,  # what it starts ends with it
+        )
+    except OSError as e:
+        raise UserError(f"The command {command[0]} cannot be run: {e.strerror}.") from e
 
 
 class _Forked:
@@ -168,19 +181,27 @@ def _become(command: Sequence[str], writing: int) -> NoReturn:
 
 
 class _Pod:
-    """One start of all processes."""
+    """One start of all processes.
+
+    Attributes:
+      told: the signal by which the pod itself was told to leave.
+    """
 
     def __init__(self, args: argparse.Namespace) -> None:
+        self._args = args
+        self.told: int | None = None
+        self._processes: list[subprocess.Popen | _Forked] = []
+        self._readers: list[threading.Thread] = []
+
+    def _start(self) -> None:
+        args = self._args
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
         env = _environment(args, os.environ)
-        self._grace = args.grace
-        self._processes: list[subprocess.Popen | _Forked] = []
-        self._told: int | None = None
-        self._before = {n: signal.signal(n, self._pass_on) for n in _PASSED_ON}
         start = _Forked if args.preload else functools.partial(_popen, env=env)
-        self._processes += [start(_command(args, port, i)) for i in range(args.processes)]
+        for i in range(args.processes):
+            self._processes.append(start(_command(args, port, i)))
         self._readers = [
             threading.Thread(target=_prefix, args=(process.stdout, i), daemon=True)
             for i, process in enumerate(self._processes)
@@ -189,18 +210,20 @@ class _Pod:
             reader.start()
 
     def run(self) -> int:
-        """Waits; returns 0, or the status of the process that failed first."""
+        """Starts and waits; returns 0, or the status of the process that failed first."""
+        before = {n: signal.signal(n, self._pass_on) for n in _PASSED_ON}
         try:
+            self._start()
             status = self._wait()
         finally:
             for process in self._processes:
                 _kill(process)
-            for number, handler in self._before.items():
+            for number, handler in before.items():
                 signal.signal(number, handler)
         for reader in self._readers:
             reader.join(timeout=5)
-        if self._told is not None and status:
-            return 128 + self._told  # as the shell says it; the pod itself was told to leave
+        if self.told is not None and status:
+            return 128 + self.told  # as the shell says it; the pod itself was told to leave
         return status
 
     def _wait(self) -> int:
@@ -216,7 +239,7 @@ class _Pod:
             # Those that leave together, preempted or by a mistake that all find, are given time to;
             # a process that crashed or hung leaves the others in the middle of something.
             together = first in (EXIT_PREEMPTED, EXIT_USER)
-            grace = self._grace if together else min(1.0, self._grace)
+            grace = self._args.grace if together else min(1.0, self._args.grace)
             if ended is not None and time.monotonic() - ended > grace:
                 for i, process in enumerate(self._processes):
                     if process.poll() is None:
@@ -227,7 +250,7 @@ class _Pod:
     def _pass_on(self, number: int, frame: object) -> None:
         """A signal to the pod is one to every process, as on a machine that is shut down."""
         del frame
-        self._told = number
+        self.told = number
         for process in self._processes:
             if process.poll() is None:
                 process.send_signal(number)
@@ -254,4 +277,8 @@ def _prefix(stream: IO[str], index: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(EXIT_USER)

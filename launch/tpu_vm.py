@@ -36,6 +36,7 @@ _COMING = ("ACCEPTED", "PROVISIONING", "CREATING", "WAITING_FOR_RESOURCES")
 _READY = "ACTIVE"
 _FOLDER = "walt_jax_job"  # on the hosts
 _RUNNING = "running"
+_ATTEMPT = "=== attempt "  # begins a line of the log
 _VERBS = ("up", "create", "wait", "setup", "run", "watch", "logs", "status", "stop", "delete")
 # uv brings the Python that the images lack.
 _SETUP = (
@@ -64,11 +65,8 @@ class Job:
         if self._state() not in ("", None):
             print(f"{args.name} is there already")
             return
-        kind = args.type.split("-")[0]
-        if not args.runtime and kind not in _RUNTIMES:
-            raise UserError(f"--type {args.type} is of no known kind: give its --runtime version.")
         flags = [f"--accelerator-type={args.type}"]
-        flags += [f"--runtime-version={args.runtime or _RUNTIMES[kind]}"]
+        flags += [f"--runtime-version={args.runtime or _RUNTIMES[_kind(args.type)]}"]
         if args.slices > 1:
             flags += [f"--node-count={args.slices}", f"--node-prefix={args.name}"]
         else:
@@ -94,7 +92,7 @@ class Job:
             if time.monotonic() > deadline:
                 raise UserError(
                     f"{self._args.name} is still {state} after {self._args.wait_hours:g} hours: "
-                    "wait again, or choose another --zone or --type."
+                    "ask again with more --wait_hours, or choose another --zone or --type."
                 )
             if state != before:
                 print(f"{self._args.name} is {state}", flush=True)
@@ -118,12 +116,16 @@ class Job:
         self._everywhere(_SETUP)
 
     def run(self) -> None:
-        """Starts the command on all hosts, in the background, with a log and a status file."""
+        """Starts the command on all hosts, in the background, with a log and a status file.
+
+        The log goes on from one attempt to the next: the crash that ended one is told in it.
+        """
         line = job(self._args.command)
         inner = f"cd code; PATH=$PWD/../venv/bin:$PATH {line}; echo $? > ../status"
         self._everywhere(
-            f"cd {_FOLDER}; rm -f status; "
-            f"setsid nohup bash -c {shlex.quote(inner)} > log 2>&1 < /dev/null & "
+            f"cd {_FOLDER}; rm -f status; touch log; "
+            f"echo {_ATTEMPT}$(($(grep -c '^{_ATTEMPT}' log) + 1)), $(date -u +%FT%TZ) >> log; "
+            f"setsid nohup bash -c {shlex.quote(inner)} >> log 2>&1 < /dev/null & "
             "echo $! > pid"
         )
 
@@ -137,21 +139,35 @@ class Job:
             if status is None:
                 print(f"{self._args.name} was preempted: asking for chips again", flush=True)
                 self.delete()
-                self._begin()
+                self.create()
+                self._start()
                 continue
             again, crashes = restarts_after(status, crashes, self._args.restarts)
             if not again:
                 return status
             print(f"the job ended with status {status}: starting it again", flush=True)
-            self.stop()
-            self.run()
+            try:
+                self.stop()
+                self.run()
+            except UserError:
+                if self._state() == _READY:
+                    raise  # else the job was told to leave because the chips were about to go
 
     def up(self) -> int:
-        """All of it; the chips are given back at the end, unless `--keep`."""
-        self._begin()
-        status = self.watch()
-        if not self._args.keep:
-            self.delete()
+        """All of it; the chips are given back at the end, an error's too, unless `--keep`."""
+        self.create()
+        try:
+            self._start()
+            status = self.watch()
+            if status:
+                self._show_ends()
+        except UserError:
+            self._give_back()
+            raise
+        except KeyboardInterrupt:
+            self._say_up()
+            raise
+        self._give_back()
         return status
 
     def logs(self) -> None:
@@ -173,13 +189,29 @@ class Job:
 
     def delete(self) -> None:
         """Gives the chips back."""
-        self._runner.run(*self._queued("delete"), "--force", "--quiet")
+        self._runner.run(*self._deletion())
 
-    def _begin(self) -> None:
-        self.create()
+    def _start(self) -> None:
         self.wait()
         self.setup()
         self.run()
+
+    def _show_ends(self) -> None:
+        """What the hosts logged last: the logs go with the chips."""
+        for node in self._nodes:
+            line = f'test "$(cat {_FOLDER}/status)" = 0 || tail -n 40 {_FOLDER}/log'
+            self._runner.status(*self._ssh(node, line, "all"), tries=1)
+
+    def _give_back(self) -> None:
+        """The end of `up`; raises nothing, for an error may be under way."""
+        if not self._runner.dry_run and self._state() == "":
+            return  # taken away, and not to be had again
+        if self._args.keep or self._runner.status(*self._deletion()):
+            self._say_up()
+
+    def _say_up(self) -> None:
+        line = shlex.join(self._deletion())
+        print(f"{self._args.name} is paid for until it is deleted: `{line}`", flush=True)
 
     def _wait_for_job(self) -> int | None:
         """The status of the first host that failed, or 0 of all; None when the chips are gone."""
@@ -216,7 +248,10 @@ class Job:
             answer = self._runner.output(*self._ssh(node, question, "all"))
             if answer is None:
                 return None
-            found = [line[6:] for line in answer.splitlines() if line.startswith("state=")]
+            # Empty: the file is there, and its status is just being written.
+            found = [
+                line[6:] or _RUNNING for line in answer.splitlines() if line.startswith("state=")
+            ]
             if not found and not self._runner.dry_run:
                 return None
             states += found
@@ -228,6 +263,9 @@ class Job:
             *("gcloud", "compute", "tpus", "queued-resources", "list", *self._where),
             *(f"--filter=name~/{self._args.name}$", "--format=value(state.state)"),
         )
+
+    def _deletion(self) -> list[str]:
+        return [*self._queued("delete"), "--force", "--quiet"]
 
     def _queued(self, verb: str) -> list[str]:
         return [
@@ -256,6 +294,11 @@ class Job:
             self._runner.run(*self._ssh(node, line, "all"))
 
 
+def _kind(accelerator: str) -> str:
+    """The family of a type such as `v5p-128`."""
+    return accelerator.partition("-")[0]
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads the command line and does what it says; exits with the job's status."""
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -274,8 +317,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dry_run", action="store_true", help="print what would be run")
     flags, command = divided(argv)
     args = parser.parse_args(flags, argparse.Namespace(command=command))
-    if args.verb in ("up", "create") and not args.type:
-        raise UserError(f"{args.verb} needs --type, such as --type v5litepod-16.")
+    if args.verb in ("up", "create", "watch"):  # `watch` asks again for chips that were taken
+        if not args.type:
+            raise UserError(f"{args.verb} needs --type, such as --type v5litepod-16.")
+        if not args.runtime and _kind(args.type) not in _RUNTIMES:
+            raise UserError(f"--type {args.type} is of no known kind: give its --runtime version.")
     if args.verb in ("up", "run", "watch"):
         job(args.command)
     done = getattr(Job(args, Runner(args.dry_run, pause=min(5.0, args.poll))), args.verb)()

@@ -9,8 +9,6 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-import jax
-
 from walt_jax.errors import EXIT_PREEMPTED, EXIT_USER, Preempted, UserError
 
 _LAST_WORDS = 2.0  # seconds in which others say the same: they end when process 0 does
@@ -38,15 +36,20 @@ def run(main: Callable[[], None]) -> None:
         print("interrupted", file=sys.stderr)
         _leave(130)
     except Exception:
-        if not jax.distributed.is_initialized():
+        if not _is_one_of_several():
             raise
         traceback.print_exc()
         _leave(1)
 
 
+def _is_one_of_several() -> bool:
+    jax = sys.modules.get("jax")  # commands that need none of it start without it
+    return jax is not None and jax.distributed.is_initialized()
+
+
 def _leave(status: int) -> None:
     """Exits; one of several processes without the end that waits for the others."""
-    if jax.distributed.is_initialized():
+    if _is_one_of_several():
         sys.stdout.flush()
         sys.stderr.flush()
         time.sleep(_LAST_WORDS)

@@ -1,5 +1,6 @@
 """`python -m walt_jax.train --config configs/NAME.py[:variant] --workdir DIR`: trains a model."""
 
+import signal
 from collections.abc import Sequence
 
 import jax
@@ -34,4 +35,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    # A profile is asked for by it, perhaps too early; it must not end the run.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     cli.run(main)

@@ -237,8 +237,11 @@ class Campaign:
         os.kill(self.one(job), signal.SIGTERM)
         return self.again(job, mark, 75)
 
-    def _full_disk(self, job, mark):
-        """No file may grow beyond a few bytes, until the next start finds room again."""
+    def _file_size_limit(self, job, mark):
+        """No file may grow beyond a few bytes (EFBIG), until the next start.
+
+        It stands for a full disk (ENOSPC): that one is in test_full_disk.py.
+        """
         limit = self.random.choice([0, 100, 1000, 2000])
         for pid in job.children():
             resource.prlimit(pid, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
@@ -307,7 +310,7 @@ WEIGHTS = {
     "kill -9 in a step": 20,
     "kill -9 in a save": 20,
     "SIGTERM": 14,
-    "full disk": 9,
+    "file size limit": 9,
     "truncated checkpoint": 9,
     "deleted record shard": 4,
     "NaN in a batch": 4,

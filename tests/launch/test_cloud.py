@@ -31,7 +31,17 @@ class Cloud:
 
     def verbs(self):
         """What was done, in short."""
-        names = ("create", "list", "scp", "delete", "rm -f status", "kill", "cat", "uv venv")
+        names = (
+            "create",
+            "list",
+            "scp",
+            "delete",
+            "rm -f status",
+            "kill",
+            "tail",
+            "cat",
+            "uv venv",
+        )
         texts = [" ".join(call[4:]) for call in self.calls("gcloud")]
         return [next(name for name in names if name in text) for text in texts]
 
@@ -59,7 +69,8 @@ def test_up_does_all_of_it_in_order(cloud):
     })  # fmt: skip
     tpu_vm.main(["up", *VM, "--type=v5litepod-16", "--spot", "--project=p", *TRAIN])
     assert cloud.verbs() == [
-        "list", "create", "list", "list", "scp", "uv venv", "rm -f status", "cat", "cat", "delete"
+        *("list", "create", "list", "list", "scp", "uv venv", "rm -f status", "cat", "cat"),
+        *("list", "delete"),
     ]  # fmt: skip
     (create,) = cloud.calls("queued-resources create")
     assert create[5:] == [
@@ -71,7 +82,7 @@ def test_up_does_all_of_it_in_order(cloud):
     assert all(f"--{what}" in " ".join(run) for what in ("zone=us-east5-b", "project=p", "quiet"))
 
 
-def test_a_preempted_pod_is_asked_for_again(cloud):
+def test_a_preempted_pod_is_asked_for_again(cloud, capsys):
     cloud.answers({
         "queued-resources list": [
             [0, ""], [0, "ACTIVE"], [0, "SUSPENDED"], [0, ""], [0, "PROVISIONING"], [0, "ACTIVE"]
@@ -82,22 +93,69 @@ def test_a_preempted_pod_is_asked_for_again(cloud):
     assert cloud.verbs() == [
         *("list", "create", "list", "scp", "uv venv", "rm -f status", "cat", "cat", "list"),
         *("delete", "list", "create", "list", "list", "scp", "uv venv", "rm -f status", "cat"),
+        "list",
     ]
+    assert "walt is paid for until it is deleted: `gcloud" in capsys.readouterr().out
+
+
+def test_chips_that_go_while_a_job_starts_again_are_asked_for_again(cloud):
+    cloud.answers({
+        "queued-resources list": [
+            *[[0, "ACTIVE"]] * 2, *[[0, "SUSPENDED"]] * 2, [0, ""], [0, "ACTIVE"]
+        ],
+        "echo state=": [[0, "state=75"], [255, ""], [0, "state=0"]],
+        "rm -f status": [[0, ""], *[[255, ""]] * 4, [0, ""]],
+    })  # fmt: skip
+    tpu_vm.main(["up", *VM, "--type=v5litepod-16", *TRAIN])
+    assert cloud.verbs().count("delete") == 2 and len(cloud.calls("queued-resources create")) == 1
+
+
+@pytest.mark.parametrize("gives, flags", [(True, []), (False, []), (False, ["--keep"])])
+def test_up_gives_the_chips_back_when_it_fails(cloud, capsys, gives, flags):
+    cloud.answers({
+        "queued-resources list": [[0, "ACTIVE"], [0, "FAILED"]],
+        "delete": [[0 if gives else 1, ""]],
+    })  # fmt: skip
+    with pytest.raises(UserError, match="walt is FAILED"):  # and not what its deletion says
+        tpu_vm.main(["up", *VM, "--type=v5litepod-16", *flags, *TRAIN])
+    told = "walt is paid for until it is deleted: `gcloud" in capsys.readouterr().out
+    assert told != gives and ("delete" in cloud.verbs()) != bool(flags)
+
+
+def test_up_says_that_chips_stay_when_it_is_interrupted(cloud, capsys, monkeypatch):
+    def interrupted(job):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tpu_vm.Job, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tpu_vm.main(["up", *VM, "--type=v5litepod-16", *TRAIN])
+    assert "walt is paid for until it is deleted: `gcloud" in capsys.readouterr().out
+    assert cloud.verbs() == ["list", "create"]
+
+
+def test_what_a_failed_job_logged_last_is_shown_before_its_log_goes(cloud):
+    cloud.answers({"queued-resources list": [[0, "ACTIVE"]], "echo state=": [[0, "state=2"]]})
+    with pytest.raises(SystemExit) as end:
+        tpu_vm.main(["up", *VM, "--type=v5litepod-16", *TRAIN])
+    assert end.value.code == 2
+    assert "tail -n 40" in cloud.calls()[-3][-1] and cloud.verbs()[-1] == "delete"
 
 
 def test_a_job_starts_again_after_preemption_and_crash_but_not_after_a_mistake(cloud):
     cloud.answers({
         "queued-resources list": [[0, "ACTIVE"]],
-        "echo state=": [[0, "state=75\nstate=75"], [0, "state=running\nstate=137"], [0, "state=2"]],
+        "echo state=": [
+            [0, "state=75\nstate="], [0, "state=running\nstate=143"], [0, "state="], [0, "state=2"]
+        ],
     })  # fmt: skip
     with pytest.raises(SystemExit) as end:
-        tpu_vm.main(["watch", *VM, "--restarts=1", *TRAIN])
+        tpu_vm.main(["watch", *VM, "--type=v6e-16", "--restarts=1", *TRAIN])
     assert end.value.code == 2
-    assert cloud.verbs() == [*("cat", "kill", "rm -f status") * 2, "cat"]
+    assert cloud.verbs() == [*("cat", "kill", "rm -f status") * 2, "cat", "cat"]
     (cloud.folder / "calls").write_text("")
     cloud.answers({"echo state=": [[0, "state=1"]]})
     with pytest.raises(SystemExit) as end:
-        tpu_vm.main(["watch", *VM, "--restarts=1", *TRAIN])
+        tpu_vm.main(["watch", *VM, "--type=v6e-16", "--restarts=1", *TRAIN])
     assert end.value.code == 1 and cloud.verbs() == ["cat", "kill", "rm -f status", "cat"]
 
 
@@ -110,10 +168,11 @@ def test_the_lines_for_the_hosts_do_what_they_should(cloud, monkeypatch):
     command = ["--", "bash", "-c", "echo hello world; pwd; exit 3"]
     tpu_vm.main(["run", *VM, *command])
     with pytest.raises(SystemExit) as end:
-        tpu_vm.main(["watch", *VM, "--restarts=0", *command])
+        tpu_vm.main(["watch", *VM, "--type=v6e-16", "--restarts=1", *command])
     assert end.value.code == 3
-    log = (host / "walt_jax_job" / "log").read_text()
-    assert log == f"hello world\n{host}/walt_jax_job/code\n"
+    log = (host / "walt_jax_job" / "log").read_text().splitlines()
+    assert log[1:3] == log[4:] == ["hello world", f"{host}/walt_jax_job/code"]
+    assert log[0].startswith("=== attempt 1, 20") and log[3].startswith("=== attempt 2, 20")
     saves = "trap 'echo saved; exit 75' TERM; echo began; while true; do sleep 0.05; done"
     tpu_vm.main(["run", *VM, "--", "bash", "-c", saves])
     while "began" not in (host / "walt_jax_job" / "log").read_text():
@@ -133,7 +192,7 @@ def test_what_fails_for_a_moment_is_tried_again(cloud):
 def test_hosts_that_do_not_answer_end_the_watch(cloud):
     cloud.answers({"queued-resources list": [[0, "ACTIVE"]], "echo state=": [[255, ""]]})
     with pytest.raises(UserError, match="do not answer though it is ACTIVE"):
-        tpu_vm.main(["watch", *VM, *TRAIN])
+        tpu_vm.main(["watch", *VM, "--type=v6e-16", *TRAIN])
 
 
 @pytest.mark.parametrize("state", ["FAILED", "SUSPENDED", ""])
@@ -167,10 +226,15 @@ def test_a_dry_run_calls_nothing_and_prints_all(cloud, capsys):
 def test_bad_flags_are_one_sentence(cloud):
     with pytest.raises(UserError, match="create needs --type"):
         tpu_vm.main(["create", *VM])
+    with pytest.raises(UserError, match="watch needs --type"):
+        tpu_vm.main(["watch", *VM, *TRAIN])
     with pytest.raises(UserError, match="Give the command to run after --"):
         tpu_vm.main(["up", *VM, "--type=v6e-16"])
     with pytest.raises(UserError, match="of no known kind: give its --runtime"):
         tpu_vm.main(["create", *VM, "--type=v99-16"])
+    with pytest.raises(UserError, match="of no known kind: give its --runtime"):
+        tpu_vm.main(["watch", *VM, "--type=v99-16", *TRAIN])
+    assert not cloud.calls()
     with pytest.raises(UserError, match="run needs --cluster"):
         xpk.main(["run", "--name=walt", *TRAIN])
 

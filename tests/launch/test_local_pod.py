@@ -7,8 +7,11 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from launch import local_pod
 from launch.commands import restarts_after
+from walt_jax.errors import UserError
 
 HEAD = "import os, sys, time; me = int(sys.argv[-1].split('=')[1]); "
 
@@ -80,11 +83,48 @@ def test_a_preempted_job_starts_again_and_a_crashed_one_so_often(tmp_path):
     assert done.returncode == 1
 
 
+def test_sigterm_to_a_process_restarts_and_to_the_pod_ends(tmp_path):
+    mark = str(tmp_path / "mark")
+    code = f"first = not os.path.exists({mark!r}); open({mark!r}, 'w'); import signal; "
+    code += "print('began', flush=True); os.kill(os.getpid(), 15) if first else time.sleep(9)"
+    command = [sys.executable, "-m", "launch.local_pod", "--processes=1", "--restarts=5"]
+    command += ["--", sys.executable, "-c", HEAD + code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        lines = [process.stdout.readline() for _ in range(3)]
+        assert lines == [
+            "[0] began\n",
+            "pod: status 143, starting again\n",
+            "[0] began\n",
+        ]
+        process.send_signal(signal.SIGTERM)
+        assert "starting again" not in process.stdout.read()
+    assert process.returncode == 143
+
+
+def test_what_cannot_be_run_is_one_sentence():
+    with pytest.raises(UserError, match="/nosuch/prog cannot be run: No such file or directory"):
+        local_pod.main(["--", "/nosuch/prog"])
+    with pytest.raises(UserError, match="Give the command to run after --"):
+        local_pod.main([])
+    command = [sys.executable, "-m", "launch.local_pod", "--preload=os,nosuchmod", "--"]
+    done = subprocess.run(
+        [*command, "python", "-m", "x"], capture_output=True, text=True, check=False
+    )
+    sentence = "error: --preload nosuchmod cannot be imported: No module named 'nosuchmod'.\n"
+    assert (done.returncode, done.stderr) == (2, sentence)
+
+
+def test_the_launchers_start_without_jax():
+    code = "import launch.local_pod, launch.tpu_vm, launch.xpk, sys; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_when_a_job_starts_again():
     assert restarts_after(75, 3, 0) == (True, 3)
     assert restarts_after(137, 0, 1) == (True, 1) and restarts_after(137, 1, 1) == (False, 2)
     assert restarts_after(76, 0, 1)[0]
-    for status in (0, 2, 130, 143):
+    assert restarts_after(143, 0, 1) == (True, 1) and not restarts_after(143, 1, 1)[0]
+    for status in (0, 2, 130):
         assert not restarts_after(status, 0, 9)[0]
 
 

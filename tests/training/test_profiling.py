@@ -1,6 +1,7 @@
 """Profiles: when they begin and end, what they hold."""
 
 import os
+import runpy
 import signal
 
 import jax
@@ -9,10 +10,11 @@ import numpy as np
 import pytest
 import tiny_task
 
+from walt_jax import cli
 from walt_jax import config as config_lib
 from walt_jax.models import Conditions, Denoiser, DenoiserConfig, Network, TokenizerConfig
 from walt_jax.models.tokenizer.frozen import network as tokenizer_network
-from walt_jax.training import profiling
+from walt_jax.training import loop, profiling
 from walt_jax.training.experiment import Experiment
 from walt_jax.training.loop import train
 from walt_jax.training.profiling import ProfileConfig, Profiler
@@ -58,6 +60,32 @@ def test_one_asked_for_by_a_file_and_cut_off_by_the_end(tmp_path, traced):
         traces = traced(profiler, 11, (5, file.touch))
         assert traces == [[8]]
     assert traces == [[8, 11]] and not file.exists()
+
+
+def test_one_asked_for_while_steps_compile(tmp_path, sprite_records, monkeypatch):
+    traces, compile_steps = [], loop._Run.compile_steps
+    monkeypatch.setattr(jax.profiler, "start_trace", traces.append)
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: traces.append("end"))
+
+    def asked(run):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return compile_steps(run)
+
+    monkeypatch.setattr(loop._Run, "compile_steps", asked)
+    values = tiny_task.get_config().to_dict()
+    values |= {"num_steps": 2, "mesh": {"data": 2, "context": -1}, "checkpoint_every": 100}
+    values["data"]["path"] = str(sprite_records)
+    train(config_lib.build(Experiment, values), tmp_path, quiet=True)
+    assert traces == [str(tmp_path / "tensorboard"), "end"]
+
+
+def test_one_asked_for_too_early_ends_nothing(monkeypatch):
+    monkeypatch.setattr(cli, "run", lambda main: os.kill(os.getpid(), signal.SIGUSR1))
+    before = signal.getsignal(signal.SIGUSR1)
+    try:
+        runpy.run_module("walt_jax.train", run_name="__main__")
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def test_a_real_profile_is_where_tensorboard_looks(tmp_path, sprite_records):

@@ -34,16 +34,35 @@ def start(args: argparse.Namespace) -> None:
     """Joins the other processes, if the flags say that there are any.
 
     Raises:
-      UserError: a coordinator without the number and index of this process.
+      UserError: flags that do not go together, or `--distributed` where there is no pod.
     """
+    if args.heartbeat_timeout < 1:
+        raise UserError(f"--heartbeat_timeout must be at least 1, got {args.heartbeat_timeout}.")
     given = [args.coordinator, args.num_processes, args.process_id]
     options = {"heartbeat_timeout_seconds": args.heartbeat_timeout}
     if any(x is not None for x in given):
         if any(x is None for x in given):
             raise UserError("--coordinator, --num_processes and --process_id go together.")
+        _check(*given)
         jax.distributed.initialize(*given, cluster_detection_method="deactivate", **options)
     elif args.distributed:
-        jax.distributed.initialize(**options)
+        try:
+            jax.distributed.initialize(**options)
+        except ValueError as e:
+            raise UserError(
+                f"--distributed finds no pod here ({str(e).rstrip('.')}): give --coordinator, "
+                "--num_processes and --process_id."
+            ) from e
+
+
+def _check(coordinator: str, count: int, index: int) -> None:
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+        raise UserError(f"--coordinator must be HOST:PORT of process 0, got {coordinator!r}.")
+    if not 0 <= index < count:
+        raise UserError(
+            f"--process_id must be at least 0 and less than --num_processes={count}, got {index}."
+        )
 
 
 def agree(problem: str) -> str:

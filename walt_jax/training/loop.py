@@ -70,8 +70,13 @@ def train(
     )
     claim(write=False)
     mesh = make_mesh(experiment.mesh)
-    with jax.set_mesh(mesh), Watchdog(experiment.guard.hang_seconds) as watchdog:
-        run = _Run(experiment, workdir, mesh, watchdog, quiet=quiet or not first)
+    with (
+        jax.set_mesh(mesh),
+        Watchdog(experiment.guard.hang_seconds) as watchdog,
+        # Now, so that a profile that is asked for while steps compile is of the first ones.
+        Profiler(experiment.profile, workdir) as profiler,
+    ):
+        run = _Run(experiment, workdir, mesh, watchdog, profiler, quiet=quiet or not first)
         keep = {"keep": experiment.keep_checkpoints, "keep_every": experiment.keep_checkpoint_every}
         with Checkpoints(workdir, **keep) as checkpoints:
             return run.steps(checkpoints, functools.partial(claim, write=first))
@@ -86,12 +91,13 @@ class _Run:
         workdir: str | Path,
         mesh: Mesh,
         watchdog: Watchdog,
+        profiler: Profiler,
         *,
         quiet: bool,
     ) -> None:
         self.experiment, self.workdir, self.mesh, self.quiet = experiment, workdir, mesh, quiet
         self.goodput = Goodput(workdir, writes=jax.process_index() == 0)
-        self.watchdog = watchdog
+        self.watchdog, self.profiler = watchdog, profiler
         self.program = Program(experiment, mesh)
         self.task, self.layout = self.program.task, self.program.layout
         self.batch_sharding = batch_sharding(mesh)
@@ -186,10 +192,7 @@ class _Run:
         self.goodput.alive(progress.step)
         self.task.keep(self.prepared, str(self.workdir))
         self.writer = metrics_lib.make_writer(self.workdir) if jax.process_index() == 0 else None
-        with (
-            Preemption() as self.preemption,
-            Profiler(experiment.profile, self.workdir) as self.profiler,
-        ):
+        with Preemption() as self.preemption:
             try:
                 while True:
                     try:
