@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -18,6 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from walt_jax.data.stores import is_remote
 from walt_jax.errors import UserError
 from walt_jax.parallel import distributed
 from walt_jax.training.checksums import checksums, describe_arrays
@@ -75,7 +77,7 @@ class Checkpoints:
                 cleanup_tmp_directories=True,
                 async_options=ocp.options.AsyncOptions(timeout_secs=_SAVE_TIMEOUT),
             )
-        self._manager = ocp.CheckpointManager(self.directory.resolve(), options=options)
+        self._manager = ocp.CheckpointManager(absolute(self.directory), options=options)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -180,7 +182,7 @@ class Checkpoints:
             steps = [step]
         damaged = []
         for candidate in steps:
-            path, value, problem = self.directory.resolve() / str(candidate), None, ""
+            path, value, problem = absolute(self.directory) / str(candidate), None, ""
             try:
                 value = read(path)
             except UserError:
@@ -225,13 +227,19 @@ class Checkpoints:
             action()
         except Exception as e:  # orbax and tensorstore each raise their own kinds
             # Not by the manager, which has forgotten what it was to delete after this save.
-            there = [int(p.name) for p in self.directory.iterdir() if p.name.isdigit()]
-            last = max(there, default=None)
+            there = [p for p in absolute(self.directory).iterdir() if p.name.isdigit()]
+            whole = filter(ocp.utils.is_checkpoint_finalized, there)  # on gs:// a half has the name
+            last = max((int(p.name) for p in whole), default=None)
             kept = "there is none yet" if last is None else f"the last good one is of step {last}"
             raise UserError(
                 f"A checkpoint in {self.directory} could not be written ({_first_line(e)}); "
                 f"{kept}: make room or check the storage, then give the same command to go on."
             ) from e
+
+
+def absolute(path: epath.Path) -> epath.Path:
+    """As orbax asks for it; epath's own `resolve` makes gs:// a folder beside this process."""
+    return path if is_remote(path) else epath.Path(os.path.abspath(path))
 
 
 def numbered(tree: PyTree) -> PyTree:
