@@ -47,8 +47,9 @@ def bucket(monkeypatch):
     monkeypatch.setattr(gpath, "_is_tf_installed", lambda: False)
     monkeypatch.setattr(backend.fsspec_backend, "fs", lambda path: Bucket())
     monkeypatch.setattr(Bucket, "store", {})
-    cloud = types.SimpleNamespace(storage=types.SimpleNamespace(Client=Client))
-    monkeypatch.setitem(sys.modules, "google.cloud", cloud)
+    storage = types.SimpleNamespace(Client=Client)
+    monkeypatch.setitem(sys.modules, "google.cloud", types.SimpleNamespace(storage=storage))
+    monkeypatch.setitem(sys.modules, "google.cloud.storage", storage)
     return Bucket.store
 
 

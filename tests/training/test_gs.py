@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 
 import numpy as np
 import orbax.checkpoint as ocp
@@ -85,3 +86,9 @@ def test_half_a_checkpoint_is_not_the_last_good_one(bucket, monkeypatch):
     monkeypatch.setattr(ocp.CheckpointManager, "wait_until_finished", full)
     with pytest.raises(UserError, match=r"no room.*last good one is of step 2"):
         Checkpoints(WORKDIR).finish()
+
+
+def test_a_missing_library_is_named_before_training(bucket, monkeypatch):
+    monkeypatch.setitem(sys.modules, "google.cloud.storage", None)
+    with pytest.raises(UserError, match=r"gs://bucket/run need .*: pip install google-cloud-sto"):
+        Checkpoints(WORKDIR)

@@ -8,6 +8,7 @@ so that what was damaged later is found, and told from a checkpoint of another m
 
 import dataclasses
 import hashlib
+import importlib
 import json
 import logging
 import os
@@ -61,7 +62,7 @@ class Checkpoints:
           read_only: nothing is made, moved or removed.
 
         Raises:
-          UserError: there is nothing to read.
+          UserError: there is nothing to read, or gs:// needs a library.
         """
         self.directory = epath.Path(workdir) / FOLDER
         self.restored: int | None = None
@@ -77,6 +78,8 @@ class Checkpoints:
                 cleanup_tmp_directories=True,
                 async_options=ocp.options.AsyncOptions(timeout_secs=_SAVE_TIMEOUT),
             )
+        if str(workdir).startswith("gs://"):
+            _check_library(workdir)
         self._manager = ocp.CheckpointManager(absolute(self.directory), options=options)
 
     def __enter__(self) -> "Checkpoints":
@@ -252,6 +255,16 @@ def numbered(tree: PyTree) -> PyTree:
         return tree
     named = {int(k) if str(k).isdigit() else k: numbered(v) for k, v in tree.items()}
     return dict(sorted(named.items()))
+
+
+def _check_library(workdir: str | epath.Path) -> None:
+    """Before the first checkpoint is due: orbax does not declare what it lists gs:// by."""
+    try:
+        importlib.import_module("google.cloud.storage")
+    except ImportError as e:
+        raise UserError(
+            f"Checkpoints in {workdir} need a library ({e}): pip install google-cloud-storage."
+        ) from e
 
 
 def _as_dict(state: Any) -> dict[str, PyTree]:
