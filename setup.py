@@ -35,7 +35,8 @@ INSTALL_REQUIRES = [
 ]
 
 EXTRAS_REQUIRE = {
-    "tpu": ["jax[tpu]>=0.10"],
+    # Workdirs of pods lie on gs://, where orbax lists checkpoints by it without declaring it.
+    "tpu": ["google-cloud-storage>=3.0", "jax[tpu]>=0.10"],
     "cuda": ["jax[cuda12]>=0.10"],
     # Curation at scale: `python -m walt_jax.prepare` on Beam, scene cuts, CLIP scores.
     "data": ["apache-beam>=2.70", "onnxruntime>=1.20", "scenedetect-headless>=0.7"],

@@ -13,12 +13,21 @@ if __version_info__ < (0, 11):
 
 import jax
 import pytest
+from buckets import any_folder, bucket
 from runs import copied, denoiser_run, denoiser_values, tokenizer_run
 
 from walt_jax.data.preparation import prepare_dataset
 from walt_jax.data.sprites import SpriteConfig, write_sprites
 
-__all__ = ["copied", "denoiser_run", "denoiser_values", "sprite_records", "tokenizer_run"]
+__all__ = [
+    "any_folder",
+    "bucket",
+    "copied",
+    "denoiser_run",
+    "denoiser_values",
+    "sprite_records",
+    "tokenizer_run",
+]
 jax.config.update("jax_num_cpu_devices", 8)
 
 

@@ -58,18 +58,18 @@ def test_all_at_once(tmp_path):
 
 
 @pytest.mark.parametrize("batch", [1, 3, 23])
-def test_cut_off_again_and_again(tmp_path, batch):
-    done = 0
+def test_cut_off_again_and_again(any_folder, batch):
+    done, folder = 0, any_folder / "sums"
     for _ in range(30):
-        result, asked = gather(tmp_path / "sums", stop=batch, batch=batch)
+        result, asked = gather(folder, stop=batch, batch=batch)
         assert asked == list(range(done, TOTAL))
         if result is not None:
             break
         done += batch
     assert result == WHOLE
-    assert gather(tmp_path / "sums") == (WHOLE, [])
-    partial.remove(tmp_path / "sums")
-    assert not (tmp_path / "sums").exists()
+    assert gather(folder) == (WHOLE, [])
+    partial.remove(folder)
+    assert not folder.exists()
 
 
 def test_saves_are_as_rare_as_asked_for(tmp_path):
@@ -89,26 +89,26 @@ def left_by(folder, process, numbers):
     sums.save()
 
 
-def test_one_process_goes_on_with_what_three_left(tmp_path):
+def test_one_process_goes_on_with_what_three_left(any_folder):
     for process, numbers in enumerate(([0, 1, 2], [9, 10], [20])):
-        left_by(tmp_path, process, numbers)
-    result, asked = gather(tmp_path)
+        left_by(any_folder, process, numbers)
+    result, asked = gather(any_folder)
     assert result == WHOLE and len(asked) == TOTAL - 6
-    assert [f.name for f in tmp_path.iterdir()] == ["sums.npz"]
+    assert [f.name for f in any_folder.iterdir()] == ["sums.npz"]
 
 
-def test_killed_between_joining_and_removing(tmp_path):
+def test_killed_between_joining_and_removing(any_folder):
     """The base holds what the other file holds too."""
-    left_by(tmp_path, 0, [0, 1, 2, 9, 10])
-    left_by(tmp_path, 1, [9, 10])
-    result, asked = gather(tmp_path)
+    left_by(any_folder, 0, [0, 1, 2, 9, 10])
+    left_by(any_folder, 1, [9, 10])
+    result, asked = gather(any_folder)
     assert result == WHOLE and len(asked) == TOTAL - 5
 
 
-def test_a_damaged_file_is_counted_again(tmp_path, caplog):
-    left_by(tmp_path, 0, [0, 1, 2])
-    (tmp_path / "sums-1.npz").write_bytes(b"PK broken")
-    result, asked = gather(tmp_path)
+def test_a_damaged_file_is_counted_again(any_folder, caplog):
+    left_by(any_folder, 0, [0, 1, 2])
+    (any_folder / "sums-1.npz").write_bytes(b"PK broken")
+    result, asked = gather(any_folder)
     assert result == WHOLE and asked == list(range(3, TOTAL))
     assert "is damaged" in caplog.text
 

@@ -16,36 +16,36 @@ def test_a_score_is_the_mean_of_its_folds():
     assert str(Score("fvd", (2.0,), RECORD)) == "fvd 2"
 
 
-def test_scores_come_back(tmp_path):
-    scores.append(tmp_path / "run", [SCORE, Score("kvd", (0.5,), RECORD)])
-    scores.append(tmp_path / "run", [Score("fvd", (4.0,), RECORD | {"samples": {"step": 4}}, 4)])
-    found = scores.read_scores(tmp_path / "run")
+def test_scores_come_back(any_folder):
+    scores.append(any_folder / "run", [SCORE, Score("kvd", (0.5,), RECORD)])
+    scores.append(any_folder / "run", [Score("fvd", (4.0,), RECORD | {"samples": {"step": 4}}, 4)])
+    found = scores.read_scores(any_folder / "run")
     assert [(s.name, s.folds, s.step) for s in found] == [
         *(("fvd", (1.0, 3.0), 3), ("kvd", (0.5,), None), ("fvd", (4.0,), 4))
     ]
     assert all(s.time.endswith("+00:00") for s in found)
-    assert scores.read_scores(tmp_path / "run" / "scores.jsonl") == found
+    assert scores.read_scores(any_folder / "run" / "scores.jsonl") == found
 
 
-def test_another_version_of_the_code_makes_the_same_score(tmp_path):
-    scores.append(tmp_path, [SCORE])
-    assert len(scores.find(tmp_path, RECORD | {"code": {"v": 2}})) == 1
-    assert not scores.find(tmp_path, RECORD | {"samples": {"step": 4}})
-    assert not scores.find(tmp_path / "none", RECORD)
+def test_another_version_of_the_code_makes_the_same_score(any_folder):
+    scores.append(any_folder, [SCORE])
+    assert len(scores.find(any_folder, RECORD | {"code": {"v": 2}})) == 1
+    assert not scores.find(any_folder, RECORD | {"samples": {"step": 4}})
+    assert not scores.find(any_folder / "none", RECORD)
 
 
-def test_half_a_line_is_passed_over(tmp_path):
-    scores.append(tmp_path, [SCORE])
-    path = tmp_path / "scores.jsonl"
+def test_half_a_line_is_passed_over(any_folder):
+    scores.append(any_folder, [SCORE])
+    path = any_folder / "scores.jsonl"
     path.write_text(path.read_text() + '{"name": "fvd", "val')
-    assert len(scores.read_scores(tmp_path)) == 1
-    scores.append(tmp_path, [SCORE])
-    assert len(scores.read_scores(tmp_path)) == 2
+    assert len(scores.read_scores(any_folder)) == 1
+    scores.append(any_folder, [SCORE])
+    assert len(scores.read_scores(any_folder)) == 2
 
 
-def test_no_scores_yet(tmp_path):
+def test_no_scores_yet(any_folder):
     with pytest.raises(UserError, match="does not exist: score a checkpoint first"):
-        scores.read_scores(tmp_path)
+        scores.read_scores(any_folder)
 
 
 def test_a_mismatch_names_the_fields():

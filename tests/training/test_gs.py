@@ -1,48 +1,24 @@
 """Workdirs on gs://: what is written by path, on a file system in memory that stands for it."""
 
+import dataclasses
 import json
+import sys
 
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from etils import epath
-from etils.epath import backend, gpath
-from fsspec.implementations.memory import MemoryFileSystem
+from test_checkpoints import PROGRESS, numbers
 
 from walt_jax import config as config_lib
 from walt_jax.errors import UserError
+from walt_jax.training.checkpoints import Checkpoints
 from walt_jax.training.goodput import ALIVE, Goodput
 from walt_jax.training.metrics import METRICS, read_metrics
 from walt_jax.training.optimizers import OptimizerConfig
 from walt_jax.training.writers import _JsonLines
 
 WORKDIR = "gs://bucket/run"
-
-
-class Bucket(MemoryFileSystem):
-    """Folders are there only where objects are, as in a bucket."""
-
-    protocol = ("gs", "gcs")
-    cachable = False
-    store, pseudo_dirs = {}, [""]
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return "/" + str(path).removeprefix("gs://").strip("/")
-
-    def makedirs(self, path, exist_ok=False):
-        pass
-
-    def mkdir(self, path, create_parents=True, **kwargs):
-        pass
-
-
-@pytest.fixture(autouse=True)
-def bucket(monkeypatch):
-    """What the bucket holds; TensorFlow's own way to Cloud has no stand-in."""
-    monkeypatch.setattr(gpath, "_is_tf_installed", lambda: False)
-    monkeypatch.setattr(backend.fsspec_backend, "fs", lambda path: Bucket())
-    monkeypatch.setattr(Bucket, "store", {})
-    return Bucket.store
 
 
 def test_a_config_claims_its_folder(bucket):
@@ -71,3 +47,48 @@ def test_signs_of_life_are_left(bucket):
     second = Goodput(WORKDIR, writes=False)
     second.resume({"step": 5.0}, 0.0)
     assert second.spent["step"] == 5 and second.spent["lost"] > 1e9 > second.spent["down"]
+
+
+def test_damaged_checkpoints_are_moved_out_of_the_way(bucket, tmp_path):
+    """All but the arrays, which only tensorstore reads from Cloud."""
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in (2, 4):
+            checkpoints.save(numbers(step), dataclasses.replace(PROGRESS, step=step))
+    local, there = tmp_path / "checkpoints", epath.Path(WORKDIR) / "checkpoints"
+    for attempt in (1, 2):  # the second run writes step 4 anew, and it is damaged again
+        for file in (p for p in local.rglob("*") if p.is_file()):
+            (there / str(file.relative_to(local))).write_bytes(file.read_bytes())
+        for step in (2, 4):
+            (there / str(step) / "commit_success.txt").write_text("orbax wrote all")
+        (there / "6" / "contents" / "metadata").write_text("{")  # a save that was cut off
+        (there / "4" / "contents" / "metadata").write_text("{")
+        with Checkpoints(WORKDIR, read_only=True) as checkpoints:
+            assert checkpoints.steps == [2, 4]
+        with Checkpoints(WORKDIR) as checkpoints:
+            checkpoints.restore_part(())
+            assert checkpoints.restored == checkpoints.latest == 2
+            assert not (there / "6").exists()
+        names = ["4", "4-1"][:attempt]
+        damaged = epath.Path(WORKDIR) / "damaged"
+        assert sorted(p.name for p in damaged.iterdir()) == [*names, "README"]
+        assert all((damaged / name / "progress" / "metadata").exists() for name in names)
+        assert not (there / "4").exists()
+    assert all(name.startswith("/bucket/run/") for name in bucket)
+
+
+def test_half_a_checkpoint_is_not_the_last_good_one(bucket, monkeypatch):
+    def full(manager):
+        for step in (2, 4):
+            (epath.Path(WORKDIR) / f"checkpoints/{step}/contents/metadata").write_text("{")
+        (epath.Path(WORKDIR) / "checkpoints/2/commit_success.txt").write_text("orbax wrote all")
+        raise OSError("no room")
+
+    monkeypatch.setattr(ocp.CheckpointManager, "wait_until_finished", full)
+    with pytest.raises(UserError, match=r"no room.*last good one is of step 2"):
+        Checkpoints(WORKDIR).finish()
+
+
+def test_a_missing_library_is_named_before_training(bucket, monkeypatch):
+    monkeypatch.setitem(sys.modules, "google.cloud.storage", None)
+    with pytest.raises(UserError, match=r"gs://bucket/run need .*: pip install google-cloud-sto"):
+        Checkpoints(WORKDIR)

@@ -120,6 +120,8 @@ def append(workdir: str | Path, scores: Sequence[Score]) -> None:
             file.write(lines.encode())  # one write: jobs do not mix their lines
         return
     before = path.read_text() if path.exists() else ""
+    if before and before[-1] != "\n":
+        before += "\n"  # copied from a disk on which that job was killed
     temporary = path.with_suffix(".tmp")
     temporary.write_text(before + lines)  # whole, since gs:// has no appending
     temporary.replace(path)

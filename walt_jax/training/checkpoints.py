@@ -8,8 +8,10 @@ so that what was damaged later is found, and told from a checkpoint of another m
 
 import dataclasses
 import hashlib
+import importlib
 import json
 import logging
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -18,6 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from walt_jax.data.stores import is_remote
 from walt_jax.errors import UserError
 from walt_jax.parallel import distributed
 from walt_jax.training.checksums import checksums, describe_arrays
@@ -67,7 +70,7 @@ class Checkpoints:
           read_only: nothing is made, moved or removed.
 
         Raises:
-          UserError: there is nothing to read.
+          UserError: there is nothing to read, or gs:// needs a library.
         """
         self.directory = epath.Path(workdir) / FOLDER
         self.restored: int | None = None
@@ -83,7 +86,9 @@ class Checkpoints:
                 cleanup_tmp_directories=True,
                 async_options=ocp.options.AsyncOptions(timeout_secs=_SAVE_TIMEOUT),
             )
-        self._manager = ocp.CheckpointManager(self.directory.resolve(), options=options)
+        if str(workdir).startswith("gs://"):
+            _check_library(workdir)
+        self._manager = ocp.CheckpointManager(absolute(self.directory), options=options)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -188,7 +193,7 @@ class Checkpoints:
             steps = [step]
         damaged = []
         for candidate in steps:
-            path, value, problem = self.directory.resolve() / str(candidate), None, ""
+            path, value, problem = absolute(self.directory) / str(candidate), None, ""
             try:
                 value = read(path)
             except UserError:
@@ -235,13 +240,19 @@ class Checkpoints:
             action()
         except Exception as e:  # orbax and tensorstore each raise their own kinds
             # Not by the manager, which has forgotten what it was to delete after this save.
-            there = [int(p.name) for p in self.directory.iterdir() if p.name.isdigit()]
-            last = max(there, default=None)
+            there = [p for p in absolute(self.directory).iterdir() if p.name.isdigit()]
+            whole = filter(ocp.utils.is_checkpoint_finalized, there)  # on gs:// a half has the name
+            last = max((int(p.name) for p in whole), default=None)
             kept = "there is none yet" if last is None else f"the last good one is of step {last}"
             raise UserError(
                 f"A checkpoint in {self.directory} could not be written ({_first_line(e)}); "
                 f"{kept}: make room or check the storage, then give the same command to go on."
             ) from e
+
+
+def absolute(path: epath.Path) -> epath.Path:
+    """As orbax asks for it; epath's own `resolve` makes gs:// a folder beside this process."""
+    return path if is_remote(path) else epath.Path(os.path.abspath(path))
 
 
 def numbered(tree: PyTree) -> PyTree:
@@ -254,6 +265,16 @@ def numbered(tree: PyTree) -> PyTree:
         return tree
     named = {int(k) if str(k).isdigit() else k: numbered(v) for k, v in tree.items()}
     return dict(sorted(named.items()))
+
+
+def _check_library(workdir: str | epath.Path) -> None:
+    """Before the first checkpoint is due: orbax does not declare what it lists gs:// by."""
+    try:
+        importlib.import_module("google.cloud.storage")
+    except ImportError as e:
+        raise UserError(
+            f"Checkpoints in {workdir} need a library ({e}): pip install google-cloud-storage."
+        ) from e
 
 
 def _as_dict(state: Any) -> dict[str, PyTree]:

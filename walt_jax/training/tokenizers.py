@@ -13,7 +13,7 @@ from walt_jax.errors import UserError
 from walt_jax.models import Params, TokenizerConfig
 from walt_jax.models.tokenizer.frozen import FrozenTokenizer, network
 from walt_jax.parallel.sharding import path_of
-from walt_jax.training.checkpoints import Checkpoints, numbered
+from walt_jax.training.checkpoints import Checkpoints, absolute, numbered
 from walt_jax.training.exports import is_export, read_tokenizer
 
 FOLDER = "tokenizer"
@@ -84,7 +84,7 @@ def _write(folder: epath.Path, tokenizer: FrozenTokenizer) -> None:
     tree = {"params": tokenizer.params, "mean": tokenizer.mean, "std": tokenizer.std}
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         checkpointer.save(
-            folder.resolve(),
+            absolute(folder),
             args=ocp.args.Composite(
                 weights=ocp.args.PyTreeSave(tree), about=ocp.args.JsonSave(about)
             ),
@@ -94,7 +94,7 @@ def _write(folder: epath.Path, tokenizer: FrozenTokenizer) -> None:
 def _read(folder: epath.Path) -> FrozenTokenizer:
     about = json.loads((folder / "about" / "metadata").read_text())
     with ocp.PyTreeCheckpointer() as checkpointer:
-        tree = numbered(checkpointer.restore((folder / "weights").resolve()))
+        tree = numbered(checkpointer.restore(absolute(folder / "weights")))
     return FrozenTokenizer(
         tree["params"],
         np.asarray(tree["mean"]),
