@@ -24,11 +24,11 @@ def start(workdir, records, *extra, devices=1, cache):
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     command = [sys.executable, "-m", "walt_jax.train", "--config", CONFIG]
     command += ["--workdir", str(workdir), f"--config.data.path={records}", *QUICK, *extra]
+    command += ["--compilation_cache", str(cache)]
     return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
 
 
@@ -63,6 +63,7 @@ def straight(tmp_path_factory, sprite_records):
 
 
 def test_a_killed_run_resumes_bit_for_bit(tmp_path, sprite_records, straight):
+    compiled = set(straight.parent.glob("*-cache"))
     arguments = (tmp_path / "run", sprite_records, "--config.num_steps=8")
     process = start(*arguments, devices=2, cache=straight.parent)
     for line in process.stderr:
@@ -75,6 +76,7 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path, sprite_records, straight):
         assert checkpoints.latest in (2, 4)
     errors = finish(start(*arguments, devices=2, cache=straight.parent))
     assert "goes on from step" in errors
+    assert compiled and set(straight.parent.glob("*-cache")) == compiled
     ours, theirs = newest(tmp_path / "run"), newest(straight)
     assert jax.tree.structure(ours[0]) == jax.tree.structure(theirs[0])
     jax.tree.map(np.testing.assert_array_equal, ours[0], theirs[0])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,8 @@ import pytest
 
 from walt_jax.errors import UserError
 from walt_jax.models import DenoiserConfig
-from walt_jax.parallel import Layout
+from walt_jax.parallel import Layout, MeshConfig, make_mesh, state_shardings
+from walt_jax.parallel.sharding import batch_sharding, place
 from walt_jax.tasks import DenoiserTask
 from walt_jax.training.optimizers import OptimizerConfig, make_optimizer, make_schedule
 from walt_jax.training.state import TrainState, train_step
@@ -29,32 +31,63 @@ TASK = DenoiserTask(
     ),
 )
 BATCH = {
-    "latents": np.random.default_rng(0).normal(size=(4, 1, 4, 4, 2)).astype(np.float32),
-    "label": np.zeros(4, np.int32),
+    "latents": np.random.default_rng(0).normal(size=(8, 1, 4, 4, 2)).astype(np.float32),
+    "label": np.zeros(8, np.int32),
+}
+LEARNING = {
+    "adafactor": OptimizerConfig(
+        name="adafactor",
+        learning_rate=3e-3,
+        warmup_steps=1,
+        accumulate=2,
+        grad_dtype="bfloat16",
+    ),
+    "muon": OptimizerConfig(name="muon", learning_rate=1e-2, warmup_steps=1, weight_decay=0.01),
+    "accumulated in float32": OptimizerConfig(warmup_steps=1, grad_clip=0.0, accumulate=2),
+    "accumulated in bfloat16": OptimizerConfig(
+        warmup_steps=1, grad_clip=0.0, accumulate=2, grad_dtype="bfloat16"
+    ),
 }
 
 
-def train(config, steps):
-    """Losses, metrics of the last step, the first state and the last."""
-    optimizer = make_optimizer(config, 100)
-    state = first = jax.jit(functools.partial(TrainState.create, TASK, optimizer))(
-        jax.random.key(0)
+@functools.cache
+def fresh(config):
+    """The first state, on the host."""
+    create = functools.partial(TrainState.create, TASK, make_optimizer(config, 100))
+    return jax.device_get(jax.jit(create)(jax.random.key(0)))
+
+
+@functools.cache
+def program(config, mesh_config):
+    """The mesh, the first state and the batch on it, and the compiled step."""
+    mesh = make_mesh(mesh_config, jax.devices()[: math.prod(dataclasses.astuple(mesh_config))])
+    shardings = state_shardings(fresh(config), mesh)
+    step = functools.partial(
+        train_step,
+        task=TASK,
+        optimizer=make_optimizer(config, 100),
+        config=config,
+        schedule=make_schedule(config, 100),
+        layout=Layout(mesh),
     )
-    step = jax.jit(
-        functools.partial(
-            train_step,
-            task=TASK,
-            optimizer=optimizer,
-            config=config,
-            schedule=make_schedule(config, 100),
-            layout=Layout(),
-        )
+    batch = place(BATCH, jax.tree.map(lambda _: batch_sharding(mesh), BATCH))
+    return (
+        mesh,
+        place(fresh(config), shardings),
+        batch,
+        jax.jit(step, out_shardings=(shardings, None)),
     )
-    losses = []
-    for _ in range(steps):
-        state = dataclasses.replace(state, step=jnp.zeros_like(state.step))  # the same noise
-        state, metrics = step(state, {}, BATCH, jax.random.key(1))
-        losses.append(float(metrics["loss"]))
+
+
+def train(config, steps, mesh_config=None):
+    """Losses, metrics of the last step, the first state and the last; else on one device."""
+    mesh, first, batch, step = program(config, mesh_config or MeshConfig(data=1))
+    state, losses = first, []
+    with jax.set_mesh(mesh):
+        for _ in range(steps):
+            state = dataclasses.replace(state, step=jnp.zeros_like(state.step))  # the same noise
+            state, metrics = step(state, {}, batch, jax.random.key(1))
+            losses.append(float(metrics["loss"]))
     return losses, metrics, first, state
 
 
@@ -98,7 +131,7 @@ def test_freezing_nothing_or_all_is_one_sentence(frozen, message):
 
 @pytest.mark.parametrize("b1", [0.0, 0.9])
 def test_adafactor_learns_with_little_memory(b1):
-    config = OptimizerConfig(name="adafactor", learning_rate=3e-3, warmup_steps=1, b1=b1)
+    config = dataclasses.replace(LEARNING["adafactor"], b1=b1)
     losses, _, _, _ = train(config, 40)
     assert losses[-1] < 0.5 * losses[0]
     wide = {"kernel": jnp.zeros((256, 512))}
@@ -120,15 +153,14 @@ def test_schedules():
 def test_no_moving_average_is_the_parameters():
     _, _, _, last = train(OptimizerConfig(ema_decay=0.0, warmup_steps=1), 2)
     jax.tree.map(np.testing.assert_array_equal, last.ema, last.params)
-    _, _, _, last = train(OptimizerConfig(ema_decay=0.9, warmup_steps=1), 2)
+    _, _, _, last = train(LEARNING["adafactor"], 2)
     assert any(
         (a != b).any() for a, b in zip(jax.tree.leaves(last.ema), jax.tree.leaves(last.params))
     )
 
 
 def test_muon_learns_and_orthogonalises_kernels_only():
-    config = OptimizerConfig(name="muon", learning_rate=1e-2, warmup_steps=1, weight_decay=0.01)
-    losses, _, _, _ = train(config, 40)
+    losses, _, _, _ = train(LEARNING["muon"], 40)
     assert losses[-1] < 0.5 * losses[0]
     rng = np.random.default_rng(0)
     shapes = {"dense": (48, 16), "stacked": (3, 16, 48), "conv": (3, 3, 3, 8, 16)}
@@ -150,20 +182,28 @@ def test_muon_learns_and_orthogonalises_kernels_only():
     np.testing.assert_allclose(np.abs(updates["dense"]["bias"]), rate, rtol=1e-3)  # Adam's first
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_accumulated_gradients_are_the_mean_of_the_parts(dtype):
-    """By hand: the gradients of every second row, each half with its own noise."""
-    base = OptimizerConfig(warmup_steps=1, grad_clip=0.0)
-    config = dataclasses.replace(base, accumulate=2, grad_dtype=dtype)
-    _, metrics, first, _ = train(config, 1)
+@functools.cache
+def gradients_by_hand():
+    """Losses and gradients of every second row, each half with its own noise."""
+    params = fresh(LEARNING["accumulated in float32"]).params
     key = jax.random.fold_in(jax.random.key(1), 0)
 
-    def loss(params, part):
-        rows = {name: x[part::2] for name, x in BATCH.items()}
-        number, step = jax.random.fold_in(key, part), jnp.zeros((), jnp.int32)
-        return TASK.loss(params, {}, {}, rows, number, step, Layout())[0]
+    @jax.jit
+    def part(rows, number):
+        def loss(params):
+            step = jnp.zeros((), jnp.int32)
+            own = jax.random.fold_in(key, number)
+            return TASK.loss(params, {}, {}, rows, own, step, Layout())[0]
 
-    values, grads = zip(*(jax.value_and_grad(loss)(first.params, part) for part in (0, 1)))
+        return jax.value_and_grad(loss)(params)
+
+    return tuple(zip(*(part({name: x[i::2] for name, x in BATCH.items()}, i) for i in (0, 1))))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_accumulated_gradients_are_the_mean_of_the_parts(dtype):
+    _, metrics, _, _ = train(LEARNING[f"accumulated in {dtype}"], 1)
+    values, grads = gradients_by_hand()
     mean = jax.tree.map(lambda a, b: (a + b) / 2, *grads)
     tolerance = 1e-5 if dtype == "float32" else 2e-2
     assert float(metrics["loss"]) == pytest.approx(float(sum(values)) / 2, rel=1e-5)
@@ -172,3 +212,14 @@ def test_accumulated_gradients_are_the_mean_of_the_parts(dtype):
     assert got == pytest.approx(norms, rel=tolerance)
     if dtype == "bfloat16":
         assert got != pytest.approx(norms, rel=1e-6)  # it was rounded
+
+
+@pytest.mark.parametrize("name", ["adafactor", "muon"])
+def test_eight_devices_update_as_one(name):
+    """Moments by rows and columns of gradients summed in bfloat16, and orthogonal matrices."""
+    expected, _, _, theirs = train(LEARNING[name], 5)
+    losses, _, _, ours = train(LEARNING[name], 5, MeshConfig(data=2, fsdp=2, tensor=2))
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(ours.params), jax.tree.leaves(theirs.params)):
+        apart = np.abs(np.asarray(a) - np.asarray(b))  # a sum may round to the next bfloat16
+        assert apart.max() < 5e-4 and apart.mean() < 1e-5

@@ -244,7 +244,6 @@ def test_evaluation_is_the_mean_over_the_videos():
     assert losses.mean() == pytest.approx(real.mean(), rel=1e-6)
 
 
-@pytest.mark.slow
 def test_rows_are_divided_over_the_devices():
     task, block, blocks = TASKS["windows"]
     _, _, batch = packed_batch(PackingConfig(block, blocks, 3))
