@@ -123,7 +123,7 @@ def test_the_denoiser_trains_on_videos_too(finished, tmp_path):
 def _configs():
     """All; those that are much like another one, and most of the family, are slow tests."""
     alike = ("tokenizer_k600", "tokenizer_imagenet", "walt_k600", "walt_sr2", "walt_imagenet")
-    alike += ("sprites_text",)
+    alike += ("sprites_text", "walt_sr1", "tokenizer_t2v")
     for path in sorted(Path("configs").rglob("*.py")):
         later = path.parent.name == "family" and path.stem != "dit"
         later = later or path.stem in alike

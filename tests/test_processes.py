@@ -12,8 +12,10 @@ import jax
 import numpy as np
 import pytest
 
+from walt_jax import config as config_lib
 from walt_jax.data.records import open_dataset
 from walt_jax.training.checkpoints import Checkpoints
+from walt_jax.training.experiment import Experiment
 
 CONFIG = "configs/sprites_tokenizer.py:debug"
 QUICK = ("--config.preview_every=0", "--config.eval_every=100", "--config.checkpoint_every=2")
@@ -179,8 +181,11 @@ def test_a_diverged_run_stops_and_names_the_step(tmp_path, sprite_records, strai
     assert "Traceback" not in errors
 
 
-def test_another_config_in_the_workdir_is_refused(straight, sprite_records):
-    process = start(straight, sprite_records, "--config.num_steps=9", cache=straight.parent)
+def test_another_config_in_the_workdir_is_refused(tmp_path, sprite_records):
+    quick = [flag.removeprefix("--config.") for flag in QUICK]
+    values = config_lib.load(CONFIG, [f"data.path={sprite_records}", "num_steps=8", *quick])
+    config_lib.claim_workdir(tmp_path, config_lib.build(Experiment, values))
+    process = start(tmp_path, sprite_records, "--config.num_steps=9", cache=tmp_path)
     _, errors = process.communicate(timeout=900)
     assert process.returncode == 2 and "num_steps: 8 -> 9" in errors, errors
     assert "Traceback" not in errors
