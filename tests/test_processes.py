@@ -165,6 +165,7 @@ def test_two_killed_processes_encode_as_one(tmp_path, straight):
         assert process.returncode == 2 and "holds a dataset" in errors.splitlines()[-1], errors
 
 
+@pytest.mark.slow  # tests/training/test_survival.py has it within a process
 def test_a_diverged_run_stops_and_names_the_step(tmp_path, sprite_records, straight):
     process = start(
         tmp_path / "run",
