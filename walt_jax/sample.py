@@ -27,26 +27,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, overrides = cli.parse(_parser(), argv)
     if overrides:
         raise UserError("sample takes the config of its --workdir: leave --config.* out.")
-    for name in ("num", "batch_size", "steps"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name} must be at least 1, got {getattr(args, name)}.")
     _check_folder(args.out)
-    wishes = _wishes(args)
     mesh = make_mesh(parse_mesh(args.mesh)) if args.mesh else None
     walt = walt_jax.load(args.workdir, step=args.checkpoint, mesh=mesh)
-    fps = walt.fps / walt.generator.sizes.every(args.fps)
-    request = walt.request(**wishes)  # so that what does not fit is told before anything is made
-    settings = settings_of(request, fps, args.workdir)
     every = walt.generator.sizes.every(args.fps)
+    request = walt.request(**_wishes(args))
+    fps = walt.fps / every
+    settings = settings_of(request, fps, args.workdir)
     if request.task == "long" and args.format in (None, "mp4") and not args.cascade:
         write_long(args.out, long_pieces(request), settings, fps, every)
     else:
         if args.cascade:
-            videos = enlarged(request, args.cascade.split(","))[:, ::every]
-            settings = [{**row, "cascade": args.cascade.split(",")} for row in settings]
+            stages = args.cascade.split(",")
+            videos = enlarged(request, stages)
+            settings = [{**row, "cascade": stages} for row in settings]
         else:
-            videos = walt.sample(fps=args.fps, **wishes)
-        write_samples(args.out, videos, settings, fps, args.format)
+            videos = TASKS[request.task].make(request)
+        write_samples(args.out, videos[:, ::every], settings, fps, args.format)
     print(f"{request.count} videos in {args.out}; look at {args.out}/{PAGE}")
 
 

@@ -151,7 +151,7 @@ def test_the_command_writes_files_and_their_settings(given_run, pictures, made, 
         (["--size", "1:1@36x"], "is no size"),
         (["--mesh", "rows=2"], "'rows=2' is no mesh"),
         (["--mesh", "data=3"], "does not make 8 devices"),
-        (["--num", "0"], "--num must be at least 1"),
+        (["--num", "0"], "num must be at least 1"),
         (["--prompts_file", "none.txt"], "none.txt is no file"),
         (["--seed=-1"], "seed must lie in 0 to 4294967295, got -1"),
         (["--seconds", "inf"], "not for ever: got inf"),
@@ -171,7 +171,7 @@ def test_bad_flags_are_one_sentence(given_run, tmp_path, flags, sentence):
 
 
 def test_samples_are_not_made_for_a_folder_that_cannot_be(given_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(walt_module.Walt, "sample", lambda *_, **__: pytest.fail("sampled"))
+    monkeypatch.setattr(walt_jax, "load", lambda *_, **__: pytest.fail("it is loaded"))
     (tmp_path / "file").write_text("")
     for out, sentence in {
         tmp_path / "file": "cannot be made",

@@ -18,6 +18,7 @@ from walt_jax import config as config_lib
 from walt_jax.data.pipeline import Pipeline
 from walt_jax.data.records import open_dataset
 from walt_jax.errors import EXIT_HUNG, Preempted, UserError
+from walt_jax.evaluation.inline import Inline
 from walt_jax.training import goodput as goodput_module
 from walt_jax.training.checkpoints import Checkpoints
 from walt_jax.training.experiment import Experiment
@@ -233,6 +234,18 @@ def test_a_hang_ends_the_job_and_names_the_place(caplog):
         assert left.wait(10)
     assert codes == [EXIT_HUNG]
     assert "nothing done for 0.3 s" in caplog.text and "'data' after step 9" in caplog.text
+
+
+def test_sums_over_real_clips_and_compiling_may_take_any_time(
+    tmp_path, sprite_records, monkeypatch
+):
+    told = []
+    monkeypatch.setattr(Watchdog, "rest", lambda self, doing: told.append(doing))
+    monkeypatch.setattr(Watchdog, "beat", lambda self, step, doing: told.append(doing))
+    monkeypatch.setattr(Inline, "prepare", lambda self, state: told.append("prepare"))
+    train(experiment(sprite_records, "num_steps=1"), tmp_path, quiet=True)
+    start = told.index("restore")
+    assert told[start + 1 : start + 5] == ["sums over real clips", "prepare", "compile", "start"]
 
 
 def test_clouds_notice_becomes_a_signal(monkeypatch):

@@ -118,20 +118,20 @@ def _begun(
     """
     begun: dict[str, tuple[_Begun, int]] = {}
     ended: dict[str, int] = {}
+    keys: dict[str, str] = {}  # of what is begun, by the instruction's name
     clock = 0
     for i in body:
         for inner in module.inside(i):
             if inner.is_collective:
                 name = inner.channel or inner.name
-                begun.setdefault(name, (_Begun(inner, i), clock))
+                if name not in begun:
+                    begun[name], keys[inner.name] = (_Begun(inner, i), clock), name
         clock += priced.get(i.name, i.cycles)
         for inner in module.inside(i):
             if inner.is_collective and not inner.operation.endswith("-start"):
                 ended[inner.channel or inner.name] = clock
             elif inner.operation.endswith("-done"):
-                for name, (start, _) in begun.items():
-                    if start.collective.name in inner.operands:
-                        ended[name] = clock
+                ended.update((keys[name], clock) for name in inner.operands if name in keys)
     out = []
     for name, (start, clock) in begun.items():
         alone = start.within is start.collective and start.collective.operation[-6:] != "-start"

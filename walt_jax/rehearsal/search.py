@@ -49,10 +49,10 @@ def candidates(
 
 def _policies(values: dict[str, Any]) -> list[dict[str, Any]]:
     """Keys of the model: what remat keeps, where a model says it, and no remat."""
-    policies: list[dict[str, Any]] = [{"remat": True}]
-    if isinstance(config_lib.build(Experiment, values).task, DenoiserTask):
-        policies = [{"remat": True, "kept": kept} for kept in _KEPT]
-    return [*policies, {"remat": False}]
+    if not isinstance(config_lib.build(Experiment, values).task, DenoiserTask):
+        return [{"remat": True}, {"remat": False}]
+    policies: list[dict[str, Any]] = [{"remat": True, "kept": kept} for kept in _KEPT]
+    return [*policies, {"remat": False, "kept": (), "offloaded": ()}]
 
 
 def remat(values: dict[str, Any], job: str) -> str:

@@ -54,7 +54,8 @@ class Goodput:
         """When the first attempt began to train, and the last sign of life; Unix times."""
         now = time.time()
         if self._file.exists():
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # cut off in writing
+            # Cut off while it was written.
+            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
                 said = json.loads(self._file.read_text())
                 return float(said.get("began", now)), float(said["time"])
         return now, 0.0

@@ -167,7 +167,6 @@ class _Run:
             executable = self.program.lower(self.frozen, shapes).compile()
             compiled[_shape(shapes)] = executable, self.program.flops(self.frozen, shapes)
             self.say(f"compiled {_shape(shapes)[-1]} in {time.monotonic() - began:.0f} s")
-        self.watch("start", 0)
         return compiled
 
     def steps(self, checkpoints: Checkpoints, claim: Callable[[], None]) -> dict[str, float]:
@@ -186,8 +185,10 @@ class _Run:
             claim()
             self.say(f"all {experiment.num_steps} steps are done; config.num_steps adds more")
             return self.evaluate(state, progress.step, None)
+        self.watchdog.rest("sums over real clips")
         self.score.prepare(state)
         self.compiled = self.compile_steps()
+        self.watch("start", progress.step)
         claim()
         self.goodput.alive(progress.step)
         self.task.keep(self.prepared, str(self.workdir))
